@@ -72,6 +72,12 @@ enum class GenerationEnd {
   kLength,         // max_tokens were drawn
 };
 
+// Known when the generation has its place, and not only at its end: a stop string ends a generation from the front's
+// side, by Cancel(), and its reply still reports usage.
+struct GenerationAdmission {
+  int64_t cached_prompt_tokens = 0;  // of the prompt, those that need not be computed again
+};
+
 // What this choice cost. Tokens, not bytes.
 struct GenerationUsage {
   int64_t prompt_tokens = 0;
@@ -84,7 +90,7 @@ class GenerationSink {
   virtual ~GenerationSink() = default;
   // The request has its place on the cluster (a decode lease) and its prefill is about to start. At most once, before
   // the first token; may be skipped when the generation fails first.
-  virtual void OnAdmitted() = 0;
+  virtual void OnAdmitted(GenerationAdmission admission) = 0;
   virtual void OnToken(GeneratedToken token) = 0;
   virtual void OnFinish(GenerationEnd end, GenerationUsage usage) = 0;
   // `status` may carry an ApiError (services/common/error.h) with a code, and when to retry; without one the front
