@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Sets up, builds and tests Millrace: what a developer runs before a commit and what CI runs after it.
+#
+#   tests/run.sh             packages, preset release, every test but those labelled `slow`; ends with ctest's summary
+#   tests/run.sh --slow      also the tests labelled `slow`
+#   tests/run.sh --asan      the unit tests under AddressSanitizer and UBSan (preset asan)
+#   tests/run.sh --tsan      the unit tests under ThreadSanitizer (preset tsan)
+#   tests/run.sh --lint      clang-format and shellcheck over the tree, clang-tidy over what differs from HEAD~1
+#   tests/run.sh -R REGEX    only the tests whose names match
+#
+# Exit status: 0 all passed, 1 something failed (its name is on the last lines), 2 it could not be built.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+JOBS="${JOBS:-$(nproc)}"
+
+main() {
+  local preset=release labels=(-LE slow) filter=() mode=test
+  while (($#)); do
+    case "$1" in
+      --slow) labels=() ;;
+      --asan) preset=asan; labels=(-L unit) ;;
+      --tsan) preset=tsan; labels=(-L unit) ;;
+      --lint) mode=lint ;;
+      -R) [[ $# -ge 2 ]] || usage; filter=(-R "$2"); shift ;;
+      *) usage ;;
+    esac
+    shift
+  done
+  if [[ $mode == lint ]]; then
+    deploy/setup.sh --lint
+    lint
+    return
+  fi
+  deploy/setup.sh || exit 2
+  build "$preset"
+  run_tests "$preset" "${labels[@]}" "${filter[@]}"
+}
+
+usage() {
+  sed -n '5,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
+
+build() {
+  local log
+  cmake --preset "$1" > /dev/null || { cmake --preset "$1"; exit 2; }
+  # Ninja's own progress on a terminal; quiet in a log, where only a failure is worth reading.
+  if [[ -t 1 ]]; then
+    cmake --build --preset "$1" -j "$JOBS" || exit 2
+  else
+    log="$(mktemp)"
+    cmake --build --preset "$1" -j "$JOBS" > "$log" 2>&1 || { tail -n 60 "$log"; exit 2; }
+    rm -f "$log"
+  fi
+}
+
+# Tests that start whole clusters or measure time carry RUN_SERIAL; the rest share the cores.
+run_tests() {
+  local preset="$1" log status=0
+  shift
+  log="$(mktemp)"
+  ctest --test-dir "build/$preset" --output-on-failure --no-tests=error -j "$JOBS" "$@" > "$log" 2>&1 || status=1
+  if ((status)); then
+    grep -vE '^ *[0-9]+/[0-9]+ Test .* Passed ' "$log" | grep -vE '^ +Start +[0-9]+:' | tail -n 400
+  else
+    sed -n '/tests passed/,$p' "$log"
+  fi
+  rm -f "$log"
+  return "$status"
+}
+
+lint() {
+  local sources changed
+  mapfile -t sources < <(git ls-files '*.h' '*.cc' '*.cu')
+  clang-format-16 --dry-run --Werror "${sources[@]}"
+  git ls-files '*.sh' .ci/run | xargs shellcheck
+  [[ -f build/release/compile_commands.json ]] || cmake --preset release > /dev/null
+  mapfile -t changed < <(git diff --name-only --diff-filter=d HEAD~1 -- '*.cc')
+  if ((${#changed[@]})); then clang-tidy-16 --quiet -p build/release "${changed[@]}"; fi
+  echo "lint: clean"
+}
+
+main "$@"
