@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Metric names, buckets and the text format; one registry per process, owned by its main.
+//
+// Base units, prefix millrace_, few labels: a label takes values from a fixed set (routes, codes, reasons), never from
+// a client. Prometheus' types are thread-safe, and so is everything here.
+#pragma once
+
+#include <prometheus/counter.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+
+#include <string>
+#include <string_view>
+
+namespace millrace {
+
+// Seconds. Denser where users feel the difference: inter-token below 50 ms.
+prometheus::Histogram::BucketBoundaries RequestDurationBuckets();
+prometheus::Histogram::BucketBoundaries TimeToFirstTokenBuckets();
+prometheus::Histogram::BucketBoundaries InterTokenBuckets();
+// Tokens: 1-2-5 up to a million.
+prometheus::Histogram::BucketBoundaries TokenCountBuckets();
+
+// The registry in Prometheus' text format, version 0.0.4.
+std::string RenderMetrics(const prometheus::Registry& registry);
+inline constexpr std::string_view kMetricsContentType = "text/plain; version=0.0.4; charset=utf-8";
+
+// What the HTTP front counts.
+class HttpMetrics {
+ public:
+  // The registry must outlive this object. `model` labels the latency histograms.
+  HttpMetrics(prometheus::Registry& registry, const std::string& model);
+
+  // One answered request. `route` is one of the server's own route names ("unmatched" for others), `code` the HTTP
+  // status, or 499 for a client that left.
+  void CountRequest(std::string_view route, int code);
+  void CountConnectionRefused(std::string_view reason);
+  void CountSlowConsumer() { slow_consumers_.Increment(); }
+  void ObserveDuration(int code, double seconds);
+  void ObserveTimeToFirstToken(double seconds) { time_to_first_token_.Observe(seconds); }
+  void ObserveInterToken(double seconds) { inter_token_.Observe(seconds); }
+  void ObserveTokens(int64_t prompt_tokens, int64_t completion_tokens);
+
+  prometheus::Gauge& requests_running() { return requests_running_; }
+  prometheus::Gauge& requests_waiting() { return requests_waiting_; }  // sent to the cluster, no token yet
+  prometheus::Gauge& connections() { return connections_; }
+
+ private:
+  const std::string model_;
+  prometheus::Family<prometheus::Counter>& requests_;
+  prometheus::Family<prometheus::Counter>& connections_refused_;
+  prometheus::Family<prometheus::Histogram>& duration_;
+  prometheus::Histogram& time_to_first_token_;
+  prometheus::Histogram& inter_token_;
+  prometheus::Histogram& prompt_tokens_;
+  prometheus::Histogram& generation_tokens_;
+  prometheus::Counter& prompt_tokens_total_;
+  prometheus::Counter& generation_tokens_total_;
+  prometheus::Counter& slow_consumers_;
+  prometheus::Gauge& requests_running_;
+  prometheus::Gauge& requests_waiting_;
+  prometheus::Gauge& connections_;
+};
+
+}  // namespace millrace
