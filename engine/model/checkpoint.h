@@ -35,9 +35,13 @@ struct HostTensor {
   int64_t elements() const;
 };
 
+class MappedFile;  // engine/model/mapped_file.h
+class ScopedFd;
+
 // One safetensors file, every rule of the format checked (offsets tile the buffer, sizes multiply without overflow ...).
 class SafetensorsFile {
  public:
+  // Symlinks are followed: the user named this file. Zero-size tensors are allowed here, never in a Checkpoint.
   static absl::StatusOr<std::unique_ptr<SafetensorsFile>> Open(const std::string& path);
   ~SafetensorsFile();
   SafetensorsFile(const SafetensorsFile&) = delete;
@@ -47,10 +51,13 @@ class SafetensorsFile {
   const HostTensor* Find(std::string_view name) const;               // null if absent
 
  private:
-  SafetensorsFile() = default;
-  std::string path_;
-  const uint8_t* map_ = nullptr;
-  int64_t map_bytes_ = 0;
+  SafetensorsFile();
+  // `name` is what errors call the file, `path` what a person needs if it is damaged while mapped.
+  static absl::StatusOr<std::unique_ptr<SafetensorsFile>> OpenFd(ScopedFd fd, const std::string& name,
+                                                                 const std::string& path);
+
+  std::string name_;
+  std::unique_ptr<MappedFile> map_;
   std::vector<std::string> names_;
   absl::flat_hash_map<std::string, HostTensor> tensors_;
   friend class Checkpoint;

@@ -64,6 +64,9 @@ struct ModelConfig {
   int32_t eos_token_id = 1;
   WeightFormat weight_format = WeightFormat::kPlain;
   bool dspark = false;  // config.json has dspark_* keys: later encoder, no classic MTP
+  // Keys that would make other loaders run or fetch code (auto_map, trust_remote_code ...): present, ignored. Whoever
+  // loads the model says so once.
+  std::vector<std::string> ignored_keys;
 
   int ratio(int layer) const {
     return layer_kinds[layer] == LayerKind::kCsa ? 4 : layer_kinds[layer] == LayerKind::kHca ? 128 : 0;

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// Opens a checkpoint: config, shards, and the proof that together they are exactly one model.
+//
+// Open() reads as the list of proofs. Each failure is one line that names the file and the tensor; nothing is repaired.
+#include "engine/model/checkpoint.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "engine/model/absl_view.h"
+#include "engine/model/mapped_file.h"
+#include "engine/model/shard_index.h"
+#include "engine/status.h"
+
+namespace millrace {
+namespace {
+
+std::string ShapeText(const std::vector<int64_t>& shape) { return absl::StrCat("[", absl::StrJoin(shape, ", "), "]"); }
+
+// At most five of them: enough to see what kind of mistake it is.
+std::string FirstFive(std::vector<std::string> names) {
+  std::sort(names.begin(), names.end());
+  const size_t count = names.size();
+  if (count > 5) names.resize(5);
+  return absl::StrCat(absl::StrJoin(names, ", "), count > 5 ? absl::StrCat(" and ", count - 5, " more") : "");
+}
+
+// A tensor found in the shards: which file and where.
+struct Found {
+  const HostTensor* tensor;
+  size_t shard;
+};
+using FoundTensors = absl::flat_hash_map<std::string, Found>;
+
+absl::Status CheckAgainstIndex(const ShardIndex& index, const FoundTensors& found, int64_t total_bytes) {
+  if (index.weight_map.empty()) return absl::OkStatus();
+  const auto error = [](auto... parts) { return absl::InvalidArgumentError(absl::StrCat(kIndexFile, ": ", parts...)); };
+  std::vector<std::string> names;
+  for (const auto& [name, where] : found) names.push_back(name);
+  std::sort(names.begin(), names.end());
+  for (const std::string& name : names) {
+    const std::string& file = index.files[found.at(name).shard];
+    const auto listed = index.weight_map.find(name);
+    if (listed == index.weight_map.end()) {
+      return error("weight_map: tensor ", name, ": found nothing, expected ", file, ", which holds it");
+    }
+    if (listed->second != file) {
+      return error("weight_map: tensor ", name, ": found ", listed->second, ", expected ", file, ", which holds it");
+    }
+  }
+  std::vector<std::string> lacking;
+  for (const auto& [name, file] : index.weight_map) {
+    if (!found.contains(name)) lacking.push_back(name);
+  }
+  if (!lacking.empty()) {
+    const std::string& first = *std::min_element(lacking.begin(), lacking.end());
+    return error("weight_map: tensor ", first, ": found in no shard, expected in ", index.weight_map.at(first), " (",
+                 lacking.size(), " tensors are missing)");
+  }
+  if (index.total_size.has_value() && *index.total_size != total_bytes) {
+    return error("metadata.total_size: found ", *index.total_size, ", expected ", total_bytes,
+                 ", the bytes of all tensors");
+  }
+  return absl::OkStatus();
+}
+
+bool DTypeAllowed(const TensorSpec& spec, DType dtype, WeightFormat format) {
+  // Unquantised checkpoints come from many tools, which keep or widen BF16 as they please. Integers are never
+  // converted.
+  if (format == WeightFormat::kPlain && spec.dtype != DType::kI64) return dtype == DType::kBF16 || dtype == DType::kF32;
+  return dtype == spec.dtype;
+}
+
+std::string AllowedDTypes(const TensorSpec& spec, WeightFormat format) {
+  if (format == WeightFormat::kPlain && spec.dtype != DType::kI64)
+    return "BF16 or F32 (config.json has no quantization_config)";
+  return std::string(DTypeName(spec.dtype));
+}
+
+absl::Status CheckTensor(const std::string& file, const TensorSpec& spec, const HostTensor& tensor,
+                         WeightFormat format) {
+  if (!DTypeAllowed(spec, tensor.dtype, format)) {
+    return absl::InvalidArgumentError(absl::StrCat(file, ": tensor ", spec.name, ": dtype: found ",
+                                                   AbslView(DTypeName(tensor.dtype)), ", expected ",
+                                                   AllowedDTypes(spec, format)));
+  }
+  if (tensor.shape != spec.shape) {
+    return absl::InvalidArgumentError(absl::StrCat(file, ": tensor ", spec.name, ": shape: found ",
+                                                   ShapeText(tensor.shape), ", expected ", ShapeText(spec.shape)));
+  }
+  return absl::OkStatus();
+}
+
+// MTP and DSpark modules beyond the one we know may lie in a checkpoint unused.
+bool KnownOptional(const std::string& name) { return absl::StartsWith(name, "mtp."); }
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& model_dir, CheckpointOptions options) {
+  RETURN_IF_ERROR(RefuseOtherFormat(model_dir));
+  ASSIGN_OR_RETURN(const ScopedFd dir, OpenDirectory(model_dir));
+  std::unique_ptr<Checkpoint> checkpoint(new Checkpoint);
+  ASSIGN_OR_RETURN(checkpoint->config_, ModelConfig::Load(model_dir));
+  const ModelConfig& config = checkpoint->config_;
+  ASSIGN_OR_RETURN(const ShardIndex index, FindShards(model_dir, dir));
+
+  FoundTensors found;
+  for (const std::string& file : index.files) {
+    ASSIGN_OR_RETURN(ScopedFd fd, OpenRegularFileBeneath(dir, file));
+    ASSIGN_OR_RETURN(std::unique_ptr<SafetensorsFile> shard,
+                     SafetensorsFile::OpenFd(std::move(fd), file, absl::StrCat(model_dir, "/", file)));
+    for (const std::string& name : shard->names()) {
+      const HostTensor* tensor = shard->Find(name);
+      const auto [it, added] = found.emplace(name, Found{tensor, checkpoint->shards_.size()});
+      if (!added) {
+        return absl::InvalidArgumentError(absl::StrCat(file, ": duplicate tensor ", name, ": found here and in ",
+                                                       index.files[it->second.shard], ", expected in one file"));
+      }
+      if (tensor->bytes == 0) {
+        return absl::InvalidArgumentError(absl::StrCat(file, ": tensor ", name, ": shape: found ",
+                                                       ShapeText(tensor->shape), ", expected no size of 0"));
+      }
+      checkpoint->total_bytes_ += tensor->bytes;
+    }
+    checkpoint->shards_.push_back(std::move(shard));
+  }
+  RETURN_IF_ERROR(CheckAgainstIndex(index, found, checkpoint->total_bytes_));
+
+  const std::vector<TensorSpec> inventory = TensorInventory(config);
+  std::vector<std::string> missing;
+  for (const TensorSpec& spec : inventory) {
+    const auto it = found.find(spec.name);
+    if (it == found.end()) {
+      missing.push_back(spec.name);
+      continue;
+    }
+    RETURN_IF_ERROR(CheckTensor(index.files[it->second.shard], spec, *it->second.tensor, config.weight_format));
+    checkpoint->tensors_.emplace(spec.name, it->second.tensor);
+  }
+  const std::string where = index.weight_map.empty() ? kSingleFile : kIndexFile;
+  if (!missing.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(where, ": missing tensors: found ", missing.size(), " missing (",
+                                                   FirstFive(missing), "), expected none"));
+  }
+  std::vector<std::string> extra;
+  for (const auto& [name, at] : found) {
+    if (!checkpoint->tensors_.contains(name) && !KnownOptional(name)) extra.push_back(name);
+  }
+  if (!extra.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, ": unexpected tensors: found ", extra.size(), " (", FirstFive(extra), "), expected none"));
+  }
+  if (options.progress) options.progress(checkpoint->total_bytes_, checkpoint->total_bytes_);
+  return checkpoint;
+}
+
+bool Checkpoint::Has(std::string_view name) const { return tensors_.contains(AbslView(name)); }
+
+const HostTensor& Checkpoint::Get(std::string_view name) const {
+  const auto it = tensors_.find(AbslView(name));
+  CHECK(it != tensors_.end(), absl::StrCat("no tensor ", AbslView(name), " in the inventory"));
+  return *it->second;
+}
+
+const std::string& Checkpoint::ContentHash() const {
+  if (!content_hash_.empty()) return content_hash_;
+  std::vector<std::string> names;
+  for (const auto& [name, tensor] : tensors_) names.push_back(name);
+  std::sort(names.begin(), names.end());
+  std::string table;
+  for (const std::string& name : names) {
+    const HostTensor& tensor = *tensors_.at(name);
+    const XXH128_hash_t hash = XXH3_128bits(tensor.data, static_cast<size_t>(tensor.bytes));
+    absl::StrAppend(&table, name, " ", AbslView(DTypeName(tensor.dtype)), " ", ShapeText(tensor.shape), " ",
+                    absl::Hex(hash.high64, absl::kZeroPad16), absl::Hex(hash.low64, absl::kZeroPad16), "\n");
+  }
+  const XXH128_hash_t hash = XXH3_128bits(table.data(), table.size());
+  content_hash_ = absl::StrCat(absl::Hex(hash.high64, absl::kZeroPad16), absl::Hex(hash.low64, absl::kZeroPad16));
+  return content_hash_;
+}
+
+}  // namespace millrace
