@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+// See config.h.
+#include "services/common/config.h"
+
+#include <google/protobuf/util/json_util.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <set>
+#include <sstream>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "engine/status.h"
+
+namespace millrace {
+namespace {
+
+constexpr size_t kMaxConfigBytes = 1 << 20;
+
+absl::Status Bad(absl::string_view field, absl::string_view found, absl::string_view allowed) {
+  return absl::InvalidArgumentError(absl::StrCat(field, ": found ", found, ", allowed ", allowed));
+}
+
+// Fills `value` if it is 0 and checks its range.
+template <typename T>
+absl::Status Number(absl::string_view field, T value, T default_value, T low, T high, T& out) {
+  out = value == 0 ? default_value : value;
+  if (out < low || out > high) return Bad(field, absl::StrCat(value), absl::StrCat(low, " to ", high));
+  return absl::OkStatus();
+}
+
+// NUMBER(message, field, default, low, high): completes and checks one numeric field of `message`.
+#define NUMBER(path, message, field, fallback, low, high)                                                      \
+  do {                                                                                                         \
+    auto completed = (message).field();                                                                        \
+    using FieldType = decltype(completed);                                                                     \
+    RETURN_IF_ERROR(                                                                                           \
+        Number<FieldType>(absl::StrCat(path, "." #field), (message).field(), fallback, low, high, completed)); \
+    (message).set_##field(completed);                                                                          \
+  } while (false)
+
+absl::Status OneOf(absl::string_view field, absl::string_view value, const std::vector<absl::string_view>& allowed) {
+  for (absl::string_view word : allowed) {
+    if (value == word) return absl::OkStatus();
+  }
+  return Bad(field, absl::StrCat("\"", value, "\""), absl::StrJoin(allowed, ", "));
+}
+
+absl::Status CheckAddress(absl::string_view field, absl::string_view address, bool off_allowed,
+                          bool port_zero_allowed) {
+  if (off_allowed && address == "off") return absl::OkStatus();
+  const size_t colon = address.rfind(':');
+  int port = -1;
+  if (colon == absl::string_view::npos || colon == 0 || !absl::SimpleAtoi(address.substr(colon + 1), &port) ||
+      port < (port_zero_allowed ? 0 : 1) || port > 65535) {
+    return Bad(field, absl::StrCat("\"", address, "\""),
+               absl::StrCat("\"host:port\" with a port from ", port_zero_allowed ? 0 : 1, " to 65535",
+                            off_allowed ? " or \"off\"" : ""));
+  }
+  return absl::OkStatus();
+}
+
+bool ValidName(absl::string_view name) {
+  return !name.empty() && name.size() <= 128 && std::all_of(name.begin(), name.end(), [](char c) {
+    return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '_' || c == '-';
+  });
+}
+
+absl::Status CompleteModel(v1::ModelSection& model, const std::string& base_dir) {
+  if (model.path().empty()) return Bad("model.path", "nothing", "the folder of a checkpoint");
+  std::filesystem::path path(model.path());
+  if (path.is_relative()) path = std::filesystem::path(base_dir) / path;
+  model.set_path(path.lexically_normal().string());
+  if (model.id().empty()) {
+    const std::filesystem::path trimmed = path.has_filename() ? path : path.parent_path();
+    model.set_id(trimmed.filename().string());
+  }
+  if (!model.numerics().empty()) RETURN_IF_ERROR(OneOf("model.numerics", model.numerics(), {"exact", "release"}));
+  if (model.device().empty()) model.set_device("cpu");
+  return OneOf("model.device", model.device(), {"cpu", "cuda"});
+}
+
+absl::Status CompleteRouter(v1::RouterSection& router) {
+  if (router.control_listen().empty()) router.set_control_listen("127.0.0.1:8090");
+  RETURN_IF_ERROR(CheckAddress("router.control_listen", router.control_listen(), false, true));
+  if (router.control_address().empty()) router.set_control_address(router.control_listen());
+  RETURN_IF_ERROR(CheckAddress("router.control_address", router.control_address(), false, true));
+  if (router.http_listen().empty()) router.set_http_listen("127.0.0.1:8080");
+  RETURN_IF_ERROR(CheckAddress("router.http_listen", router.http_listen(), true, true));
+  if (router.operator_listen().empty()) router.set_operator_listen("127.0.0.1:8081");
+  RETURN_IF_ERROR(CheckAddress("router.operator_listen", router.operator_listen(), true, true));
+  if (router.grpc_listen().empty()) router.set_grpc_listen("127.0.0.1:8082");
+  RETURN_IF_ERROR(CheckAddress("router.grpc_listen", router.grpc_listen(), true, true));
+  std::set<std::string> listens;
+  for (const std::string& listen :
+       {router.control_listen(), router.http_listen(), router.operator_listen(), router.grpc_listen()}) {
+    if (listen == "off" || absl::EndsWith(listen, ":0")) continue;
+    if (!listens.insert(listen).second)
+      return Bad("router", absl::StrCat(listen, " twice"), "one listener per address");
+  }
+  NUMBER("router", router, max_requests, 256, 1, 1u << 20);
+  NUMBER("router", router, queue_timeout_ms, 10000, 1, 3600000);
+  NUMBER("router", router, default_deadline_ms, 600000, 1, 3600000);
+  NUMBER("router", router, max_connections, 1024, 1, 1u << 20);
+  for (int i = 0; i < router.api_keys_size(); ++i) {
+    const std::string& key = router.api_keys(i);
+    if (key.size() != 64 || !std::all_of(key.begin(), key.end(), [](unsigned char c) { return std::isxdigit(c); })) {
+      return Bad(absl::StrCat("router.api_keys[", i, "]"), "something else", "64 hex digits (SHA-256 of the key)");
+    }
+  }
+  if (router.log_level().empty()) router.set_log_level("info");
+  return OneOf("router.log_level", router.log_level(), {"debug", "info", "warn", "error"});
+}
+
+absl::Status CompleteWorker(const std::string& path, const std::string& default_name, v1::WorkerSection& worker,
+                            std::set<std::string>& names) {
+  if (worker.name().empty()) worker.set_name(default_name);
+  if (!ValidName(worker.name())) return Bad(path + ".name", worker.name(), "1 to 128 of [A-Za-z0-9._-]");
+  if (!names.insert(worker.name()).second) return Bad(path + ".name", worker.name() + " twice", "unique names");
+  if (worker.listen().empty()) worker.set_listen("127.0.0.1:0");
+  RETURN_IF_ERROR(CheckAddress(path + ".listen", worker.listen(), false, true));
+  if (!worker.advertise().empty()) RETURN_IF_ERROR(CheckAddress(path + ".advertise", worker.advertise(), false, false));
+  NUMBER(path, worker, threads, 1, 1, 1024);
+  if (worker.operator_listen().empty()) worker.set_operator_listen("off");
+  RETURN_IF_ERROR(CheckAddress(path + ".operator_listen", worker.operator_listen(), true, true));
+  if (worker.log_level().empty()) worker.set_log_level("info");
+  return OneOf(path + ".log_level", worker.log_level(), {"debug", "info", "warn", "error"});
+}
+
+absl::Status CompleteRoles(v1::ClusterConfig& config) {
+  std::set<std::string> names;
+  for (int i = 0; i < config.prefill_size(); ++i) {
+    v1::PrefillSection& section = *config.mutable_prefill(i);
+    const std::string path = absl::StrCat("prefill[", i, "]");
+    RETURN_IF_ERROR(CompleteWorker(path + ".worker", absl::StrCat("prefill-", i), *section.mutable_worker(), names));
+    NUMBER(path, section, cache_pages, 256, 1, 1ull << 32);
+    NUMBER(path, section, max_sequences, 8, 1, 4096);
+    NUMBER(path, section, max_batch_tokens, 512, 1, 1u << 16);
+    NUMBER(path, section, max_queue, 64, 1, 1u << 16);
+  }
+  for (int i = 0; i < config.decode_size(); ++i) {
+    v1::DecodeSection& section = *config.mutable_decode(i);
+    const std::string path = absl::StrCat("decode[", i, "]");
+    RETURN_IF_ERROR(CompleteWorker(path + ".worker", absl::StrCat("decode-", i), *section.mutable_worker(), names));
+    NUMBER(path, section, cache_pages, 1024, 1, 1ull << 32);
+    NUMBER(path, section, max_sequences, 32, 1, 4096);
+    NUMBER(path, section, max_batch, 32, 1, 4096);
+  }
+  for (int i = 0; i < config.expert_size(); ++i) {
+    v1::ExpertSection& section = *config.mutable_expert(i);
+    const std::string path = absl::StrCat("expert[", i, "]");
+    RETURN_IF_ERROR(CompleteWorker(path + ".worker", absl::StrCat("expert-", i), *section.mutable_worker(), names));
+    NUMBER(path, section, waves, 2, 1, 64);
+    NUMBER(path, section, max_queue, 256, 1, 1u << 16);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerSection& timers) {
+  if (transfer.transport().empty()) transfer.set_transport("ucx");
+  RETURN_IF_ERROR(OneOf("transfer.transport", transfer.transport(), {"ucx", "loopback"}));
+  if (transfer.expert_transport().empty()) transfer.set_expert_transport("kvtransfer");
+  RETURN_IF_ERROR(OneOf("transfer.expert_transport", transfer.expert_transport(), {"kvtransfer", "grpc"}));
+  NUMBER("transfer", transfer, max_inflight_bytes, 64ull << 20, 1ull << 16, 1ull << 40);
+  NUMBER("timers", timers, heartbeat_ms, 500, 50, 10000);
+  NUMBER("timers", timers, dead_after_ms, 3000, 150, 60000);
+  NUMBER("timers", timers, lease_ttl_ms, 10000, 1000, 60000);
+  NUMBER("timers", timers, transfer_timeout_ms, 2000, 10, 600000);
+  NUMBER("timers", timers, expert_timeout_ms, 1000, 10, 600000);
+  NUMBER("timers", timers, abort_timeout_ms, 500, 10, 60000);
+  NUMBER("timers", timers, drain_grace_ms, 30000, 1, 3600000);
+  if (timers.dead_after_ms() < 3 * timers.heartbeat_ms()) {
+    return Bad("timers.dead_after_ms", absl::StrCat(timers.dead_after_ms()),
+               absl::StrCat("at least 3 * timers.heartbeat_ms = ", 3 * timers.heartbeat_ms()));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<v1::ClusterConfig> LoadClusterConfig(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in) return absl::NotFoundError(absl::StrCat(path, ": cannot be read"));
+  std::ostringstream text;
+  text << in.rdbuf();
+  auto config = ParseClusterConfig(text.str(), std::filesystem::path(path).parent_path().string());
+  if (!config.ok()) return absl::Status(config.status().code(), absl::StrCat(path, ": ", config.status().message()));
+  return config;
+}
+
+absl::StatusOr<v1::ClusterConfig> ParseClusterConfig(std::string_view json, const std::string& base_dir) {
+  if (json.size() > kMaxConfigBytes) return absl::InvalidArgumentError("larger than 1 MiB");
+  v1::ClusterConfig config;
+  const auto parsed =
+      google::protobuf::util::JsonStringToMessage(google::protobuf::StringPiece(json.data(), json.size()), &config);
+  if (!parsed.ok()) {
+    // Protobuf draws the text around a syntax error over several lines; one line is enough here.
+    std::string message(parsed.message().data(), parsed.message().size());
+    std::replace(message.begin(), message.end(), '\n', ' ');
+    return absl::InvalidArgumentError(message);
+  }
+  RETURN_IF_ERROR(CompleteModel(*config.mutable_model(), base_dir));
+  RETURN_IF_ERROR(CompleteRouter(*config.mutable_router()));
+  RETURN_IF_ERROR(CompleteRoles(config));
+  RETURN_IF_ERROR(CompleteTransferAndTimers(*config.mutable_transfer(), *config.mutable_timers()));
+  return config;
+}
+
+absl::StatusOr<std::vector<int>> ParseExpertSet(std::string_view text, int num_experts) {
+  std::set<int> experts;
+  for (absl::string_view part :
+       absl::StrSplit(absl::string_view(text.data(), text.size()), ',', absl::SkipWhitespace())) {
+    const std::vector<absl::string_view> ends = absl::StrSplit(part, '-');
+    int first = -1, last = -1;
+    if (ends.size() > 2 || !absl::SimpleAtoi(ends[0], &first) || !absl::SimpleAtoi(ends.back(), &last) || first < 0 ||
+        last < first || last >= num_experts) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("\"", part, "\": wanted an expert id or a range first-last, ids from 0 to ", num_experts - 1));
+    }
+    for (int expert = first; expert <= last; ++expert) {
+      if (!experts.insert(expert).second) return absl::InvalidArgumentError(absl::StrCat("expert ", expert, " twice"));
+    }
+  }
+  return std::vector<int>(experts.begin(), experts.end());
+}
+
+const v1::WorkerSection& WorkerConfig::worker() const {
+  switch (role) {
+    case v1::ROLE_PREFILL:
+      return prefill().worker();
+    case v1::ROLE_DECODE:
+      return decode().worker();
+    default:
+      return expert().worker();
+  }
+}
+
+absl::StatusOr<std::vector<int>> WorkerConfig::ExpertsOf(int num_experts) const {
+  if (!expert().experts().empty()) {
+    auto experts = ParseExpertSet(expert().experts(), num_experts);
+    if (!experts.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat("expert[", position, "].experts: ", experts.status().message()));
+    }
+    return experts;
+  }
+  const int members = cluster.expert_size();
+  std::vector<int> share;
+  for (int e = position * num_experts / members; e < (position + 1) * num_experts / members; ++e) share.push_back(e);
+  if (share.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("expert: ", members, " members for ", num_experts, " experts leave ", worker().name(), " none"));
+  }
+  return share;
+}
+
+absl::StatusOr<WorkerConfig> SelectWorker(const v1::ClusterConfig& cluster, v1::Role role, std::string_view name) {
+  const int count = role == v1::ROLE_PREFILL  ? cluster.prefill_size()
+                    : role == v1::ROLE_DECODE ? cluster.decode_size()
+                    : role == v1::ROLE_EXPERT ? cluster.expert_size()
+                                              : 0;
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) {
+    WorkerConfig config{cluster, role, i};
+    if (config.worker().name() == name || (name.empty() && count == 1)) return config;
+    names.push_back(config.worker().name());
+  }
+  return absl::NotFoundError(absl::StrCat("no worker \"", absl::string_view(name.data(), name.size()),
+                                          "\" of this role; the configuration has: ", absl::StrJoin(names, ", ")));
+}
+
+}  // namespace millrace

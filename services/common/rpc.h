@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// gRPC set up once, the same on both ends: limits, keepalive, health, reflection.
+//
+// Keepalive has to agree on both ends, or the server answers pings with GOAWAY; so the numbers live here only. A
+// channel is kept per address, with a connection of its own, and made again after its peer came back.
+//
+// Thread: RpcServer from its owner's thread; ChannelPool any.
+#pragma once
+
+#include <grpcpp/channel.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/server.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+
+namespace millrace {
+
+inline constexpr int kMaxInternalMessageBytes = 64 << 20;
+inline constexpr int kMaxPublicMessageBytes = 16 << 20;
+
+struct RpcServerOptions {
+  std::string listen;                                // "host:port"; port 0: any free one
+  int max_receive_bytes = kMaxInternalMessageBytes;  // larger requests are RESOURCE_EXHAUSTED
+  bool reflection = true;                            // grpcurl without .proto files
+};
+
+class RpcServer {
+ public:
+  // Serves `services`, which must outlive this object. Unavailable: the address cannot be bound.
+  static absl::StatusOr<std::unique_ptr<RpcServer>> Start(const RpcServerOptions& options,
+                                                          const std::vector<grpc::Service*>& services);
+  ~RpcServer();
+
+  // "host:port" with the port that was bound.
+  const std::string& address() const { return address_; }
+  int port() const { return port_; }
+  // What grpc.health.v1 answers, for every service.
+  void SetServing(bool serving);
+  // No new calls; running ones may go on for `grace` and are then cancelled. Idempotent.
+  void Shutdown(absl::Duration grace);
+
+ private:
+  RpcServer() = default;
+  std::string address_;
+  int port_ = 0;
+  std::unique_ptr<grpc::Server> server_;
+};
+
+// A channel to one peer of ours.
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address);
+
+// Channels by address, shared by who needs them. Bounded: beyond `max_channels` one that nobody uses is dropped.
+class ChannelPool {
+ public:
+  explicit ChannelPool(size_t max_channels = 256) : max_channels_(max_channels) {}
+  std::shared_ptr<grpc::Channel> Get(const std::string& address);
+
+ private:
+  const size_t max_channels_;
+  std::mutex mutex_;
+  absl::flat_hash_map<std::string, std::shared_ptr<grpc::Channel>> channels_;  // guarded by mutex_
+};
+
+}  // namespace millrace

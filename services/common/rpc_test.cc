@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// Configuration, failpoints, status table and queue: what every worker stands on.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "services/common/bounded_queue.h"
+#include "services/common/config.h"
+#include "services/common/failpoints.h"
+#include "services/common/grpc_status.h"
+#include "services/common/incarnation.h"
+
+namespace millrace {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+std::string ErrorOf(std::string_view json) {
+  const auto config = ParseClusterConfig(json, "/models");
+  return config.ok() ? "ok" : std::string(config.status().message());
+}
+
+TEST(Config, FillsDefaultsAndResolvesTheModelPath) {
+  const auto config = ParseClusterConfig(R"({"model":{"path":"demo"},"prefill":[{}],"decode":[{},{}]})", "/models");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->model().path(), "/models/demo");
+  EXPECT_EQ(config->model().id(), "demo");
+  EXPECT_EQ(config->decode(1).worker().name(), "decode-1");
+  EXPECT_EQ(config->decode(1).cache_pages(), 1024u);
+  EXPECT_EQ(config->timers().lease_ttl_ms(), 10000u);
+  EXPECT_EQ(config->router().http_listen(), "127.0.0.1:8080");
+}
+
+TEST(Config, EveryMistakeNamesItsField) {
+  EXPECT_THAT(ErrorOf("{}"), HasSubstr("model.path"));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m","nme":"x"}})"), HasSubstr("nme"));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"prefill":[{"cache_pages":"many"}]})"), HasSubstr("cache_pages"));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"prefill":[{"max_batch_tokens":9999999}]})"),
+              HasSubstr("prefill[0].max_batch_tokens"));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m","numerics":"fast"}})"), HasSubstr("model.numerics"));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"router":{"http_listen":"here"}})"), HasSubstr("router.http_listen"));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"router":{"http_listen":"a:1","grpc_listen":"a:1"}})"),
+              HasSubstr("twice"));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"timers":{"heartbeat_ms":2000}})"), HasSubstr("timers.dead_after_ms"));
+  EXPECT_THAT(
+      ErrorOf(R"({"model":{"path":"m"},"prefill":[{"worker":{"name":"a"}}],"decode":[{"worker":{"name":"a"}}]})"),
+      HasSubstr("decode[0].worker.name"));
+  EXPECT_THAT(ErrorOf("{\"model\":"), ::testing::Not(HasSubstr("\n")));
+}
+
+TEST(Config, ExpertSetsAreRangesAndSharesAreEven) {
+  EXPECT_THAT(*ParseExpertSet("0-2,5", 8), ElementsAre(0, 1, 2, 5));
+  EXPECT_FALSE(ParseExpertSet("0-8", 8).ok());
+  EXPECT_FALSE(ParseExpertSet("1,1", 8).ok());
+  const auto config = ParseClusterConfig(R"({"model":{"path":"m"},"expert":[{},{},{}]})", "/");
+  ASSERT_TRUE(config.ok());
+  std::vector<int> all;
+  for (const char* name : {"expert-0", "expert-1", "expert-2"}) {
+    const auto worker = SelectWorker(*config, v1::ROLE_EXPERT, name);
+    ASSERT_TRUE(worker.ok());
+    for (int e : *worker->ExpertsOf(16)) all.push_back(e);
+  }
+  ASSERT_EQ(all.size(), 16u);
+  for (int e = 0; e < 16; ++e) EXPECT_EQ(all[e], e);
+  EXPECT_THAT(std::string(SelectWorker(*config, v1::ROLE_EXPERT, "x").status().message()), HasSubstr("expert-1"));
+}
+
+TEST(Failpoints, OnlyTheHitAskedForFails) {
+  ASSERT_TRUE(failpoints::Arm("d.reserve=error(UNAVAILABLE)@2;bug.double_token=on").ok());
+  EXPECT_TRUE(failpoints::Hit("d.reserve").ok());
+  EXPECT_EQ(failpoints::Hit("d.reserve").code(), absl::StatusCode::kUnavailable);
+  EXPECT_TRUE(failpoints::Hit("d.reserve").ok());
+  EXPECT_EQ(failpoints::Hits("d.reserve"), 3u);
+  EXPECT_TRUE(failpoints::Bug("bug.double_token"));
+  EXPECT_FALSE(failpoints::Bug("bug.n_minus_1"));
+  ASSERT_TRUE(failpoints::Arm("").ok());
+  EXPECT_FALSE(failpoints::Bug("bug.double_token"));
+}
+
+TEST(Failpoints, UnknownPlacesAndActionsAreRefused) {
+  EXPECT_FALSE(failpoints::Arm("d.reserv=crash").ok());
+  EXPECT_FALSE(failpoints::Arm("d.reserve=explode").ok());
+  EXPECT_FALSE(failpoints::Arm("d.reserve=error(NOPE)").ok());
+  EXPECT_FALSE(failpoints::Arm("d.reserve=crash@0").ok());
+}
+
+TEST(GrpcStatus, CodesSurviveAndMessagesAreHeaderSafe) {
+  for (int code = 1; code <= 16; ++code) {
+    const absl::Status status(static_cast<absl::StatusCode>(code), "lease 81f3: late");
+    EXPECT_EQ(FromGrpcStatus(ToGrpcStatus(status)), status);
+  }
+  EXPECT_EQ(ToGrpcStatus(absl::InternalError("a\n\xff b")).error_message(), "a?? b");
+  EXPECT_EQ(ToGrpcStatus(absl::InternalError(std::string(5000, 'x'))).error_message().size(), kMaxGrpcMessageBytes);
+}
+
+TEST(BoundedQueue, RefusesWhenFullButNeverLosesACompletion) {
+  BoundedQueue<int> queue(1);
+  int one = 1, two = 2;
+  EXPECT_TRUE(queue.TryPush(one));
+  EXPECT_FALSE(queue.TryPush(two));
+  EXPECT_TRUE(queue.Post(3));
+  EXPECT_THAT(queue.DrainFor(absl::ZeroDuration()), ElementsAre(1, 3));
+  queue.Close();
+  EXPECT_FALSE(queue.Post(4));
+}
+
+TEST(Incarnation, IsNeverEmptyAndSurvivesItsProto) {
+  const IncarnationId id = IncarnationId::Random();
+  EXPECT_FALSE(id.empty());
+  EXPECT_EQ(IncarnationId::From(id.ToProto()), id);
+}
+
+}  // namespace
+}  // namespace millrace
