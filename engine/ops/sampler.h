@@ -15,9 +15,9 @@
 namespace millrace {
 
 struct SamplingParams {
-  float temperature = 1.0f;  // 0 means greedy: ties to the lower id
+  float temperature = 1.0f;  // below 1e-5 (and 0) means greedy: ties to the lower id
   float top_p = 1.0f;        // (0, 1]
-  int top_k = 0;             // 0 means off
+  int top_k = 0;             // 0 means off; of equals, the lower ids stay
   float min_p = 0.0f;        // [0, 1]
   float presence_penalty = 0.0f;
   float frequency_penalty = 0.0f;
@@ -31,8 +31,8 @@ struct SamplingParams {
 
 struct SamplingRequest {
   SamplingParams params;
-  uint32_t choice = 0;       // which of `n`
-  uint64_t token_index = 0;  // index of the token to draw within its output
+  uint32_t choice = 0;               // which of `n`
+  uint64_t token_index = 0;          // index of the token to draw within its output
   absl::Span<const int32_t> prompt;  // for repetition_penalty only
   absl::Span<const int32_t> output;  // tokens drawn so far, for the penalties
 };
@@ -44,7 +44,8 @@ struct SampledToken {
   bool finite = true;                          // false: a logit was NaN or all are -inf; the token must not be used
 };
 
-// Philox4x32-10: four uniform 32-bit words.
+// Philox4x32-10: four uniform 32-bit words. A draw takes counter_low = token_index, counter_high = choice, and as its
+// uniform number in [0, 1) the upper 53 bits of (v[1], v[0]).
 struct PhiloxWords {
   uint32_t v[4];
 };

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+// Window and compressed KV on the CPU: what is stored for a token, and how tokens are pooled into entries.
+//
+// Everything here touches cache memory of one sequence at a time, in position order; storing a value and loading it
+// again gives the same F32 value, so decode reads what prefill computed.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "engine/ops/cpu_ops.h"
+#include "engine/ops/rounding.h"
+#include "engine/ops/vector_cpu.h"
+
+namespace millrace {
+
+void CpuOps::SimulateKv(float* entry) const {
+  if (!rounding_.kv_quant) return;
+  const int64_t plain = config_.head_dim - config_.rope_head_dim;
+  float scales[16];
+  QuantiseActivations(entry, plain, 64, entry, scales);
+  for (int64_t i = 0; i < plain; i += 64) vec::Scale(entry + i, scales[i / 64], std::min<int64_t>(64, plain - i), entry + i);
+}
+
+void CpuOps::SimulateIndex(float* x) const {
+  if (!rounding_.index_fp4) return;
+  constexpr int kDim = 128;
+  for (int half = 1; half < kDim; half *= 2) {  // natural-order Hadamard
+    for (int i = 0; i < kDim; i += 2 * half) {
+      for (int j = i; j < i + half; ++j) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a + b;
+        x[j + half] = a - b;
+      }
+    }
+  }
+  const float norm = 1.0f / std::sqrt(static_cast<float>(kDim));
+  for (int i = 0; i < kDim; ++i) x[i] = RoundBf16(x[i] * norm);
+  for (int i = 0; i < kDim; i += 32) {
+    float amax = 0;
+    for (int j = i; j < i + 32; ++j) amax = std::max(amax, std::abs(x[j]));
+    const int exponent = Fp4Scale(amax);
+    const float inverse = PowerOfTwo(-exponent), scale = PowerOfTwo(exponent);
+    for (int j = i; j < i + 32; ++j) x[j] = DecodeE2m1(EncodeE2m1(x[j] * inverse)) * scale;
+  }
+}
+
+void CpuOps::StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) const {
+  if (layout_.numerics == Numerics::kExact) {
+    std::memcpy(body, entry, layout_.entry.body_bytes);
+    return;
+  }
+  const int plain = config_.head_dim - config_.rope_head_dim;
+  for (int g = 0; g < plain / 64; ++g) {
+    float codes[64], scale;
+    QuantiseActivations(entry + g * 64, 64, 64, codes, &scale);
+    for (int i = 0; i < 64; ++i) body[g * 64 + i] = EncodeE4m3(codes[i]);
+    scales[g] = static_cast<uint8_t>(std::bit_cast<uint32_t>(scale) >> 23);
+  }
+  for (int i = 0; i < config_.rope_head_dim; ++i) {
+    const uint16_t bits = EncodeBf16(entry[plain + i]);
+    std::memcpy(body + plain + 2 * i, &bits, 2);
+  }
+  scales[plain / 64] = 0;
+}
+
+void CpuOps::LoadEntry(const uint8_t* body, const uint8_t* scales, float* entry) const {
+  if (layout_.numerics == Numerics::kExact) {
+    std::memcpy(entry, body, layout_.entry.body_bytes);
+    return;
+  }
+  const int plain = config_.head_dim - config_.rope_head_dim;
+  for (int g = 0; g < plain / 64; ++g) vec::WidenE4m3(body + g * 64, 64, DecodeE8m0(scales[g]), entry + g * 64);
+  vec::WidenBf16(reinterpret_cast<const uint16_t*>(body + plain), config_.rope_head_dim, entry + plain);
+}
+
+void CpuOps::StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const {
+  if (layout_.numerics == Numerics::kExact) {
+    std::memcpy(body, key, layout_.index_key.body_bytes);
+    return;
+  }
+  for (int g = 0; g < 4; ++g) {
+    float amax = 0;
+    for (int i = g * 32; i < g * 32 + 32; ++i) amax = std::max(amax, std::abs(key[i]));
+    const int exponent = Fp4Scale(amax);
+    const float inverse = PowerOfTwo(-exponent);
+    for (int i = g * 32; i < g * 32 + 32; i += 2) {
+      body[i / 2] = static_cast<uint8_t>(EncodeE2m1(key[i] * inverse) | EncodeE2m1(key[i + 1] * inverse) << 4);
+    }
+    scales[g] = EncodeE8m0(exponent);
+  }
+}
+
+void CpuOps::LoadIndexKey(const uint8_t* body, const uint8_t* scales, float* key) const {
+  if (layout_.numerics == Numerics::kExact) {
+    std::memcpy(key, body, layout_.index_key.body_bytes);
+    return;
+  }
+  for (int g = 0; g < 4; ++g) {
+    const float scale = DecodeE8m0(scales[g]);
+    for (int i = g * 16; i < g * 16 + 16; ++i) {
+      key[2 * i] = DecodeE2m1(body[i]) * scale;
+      key[2 * i + 1] = DecodeE2m1(body[i] >> 4) * scale;
+    }
+  }
+}
+
+void CpuOps::LoadCompressed(const SequenceRows& s, int layer, int64_t entry, float* out) const {
+  const PageLayerLayout& l = layout_.page_layers[layer];
+  const uint8_t* page = (*s.pages)[entry / l.entries];
+  const int64_t i = entry % l.entries;
+  LoadEntry(page + l.bodies + i * layout_.entry.body_bytes, page + l.scales + i * layout_.entry.scale_bytes, out);
+}
+
+void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, const float* norm, RopeRows rope,
+                          WindowKeys& window) {
+  const int64_t dim = config_.head_dim;
+  const SlotLayerLayout& l = layout_.slot_layers[slot_layer];
+  window.first.clear();
+  window.first_position.clear();
+  int64_t total = 0;
+  for (const SequenceRows& s : pass.sequences) {
+    const int64_t old = std::min<int64_t>(s.start, layout_.window - 1);
+    window.first.push_back(total);
+    window.first_position.push_back(s.start - old);
+    total += old + s.count;
+  }
+  if (window.keys.size() < total * dim) window.keys = Buffer<float>(total * dim);
+  const auto ring = [&](const SequenceRows& s, int64_t position, uint8_t** body, uint8_t** scales) {
+    const int64_t i = position % layout_.window_slots;
+    *body = s.slot + l.window_bodies + i * layout_.entry.body_bytes;
+    *scales = s.slot + l.window_scales + i * layout_.entry.scale_bytes;
+  };
+  pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
+    const SequenceRows& s = pass.sequences[i];
+    float* key = window.keys.data() + window.first[i] * dim;
+    uint8_t *body, *scales;
+    for (int64_t p = window.first_position[i]; p < s.start; ++p, key += dim) {
+      ring(s, p, &body, &scales);
+      LoadEntry(body, scales, key);
+    }
+    for (int64_t r = 0; r < s.count; ++r, key += dim) {
+      NormRow(kv + (s.row + r) * dim, norm, dim, key);
+      RotateRow(key, dim, rope.cos + (s.row + r) * 32, rope.sin + (s.row + r) * 32, 1);
+      SimulateKv(key);
+      if (s.count - r <= layout_.window_slots) {
+        ring(s, s.start + r, &body, &scales);
+        StoreEntry(key, body, scales);
+      }
+    }
+  });
+}
+
+void CpuOps::FinishEntry(float* e, int64_t dim, const CompressorWeights& w, int64_t position,
+                         const RopeFrequencies& f) const {
+  if (rounding_.compressed_entry) vec::RoundBf16(e, dim);
+  NormRow(e, w.norm.data(), dim, e);
+  float cos[32], sin[32];
+  for (int i = 0; i < 32; ++i) {
+    const double angle = static_cast<float>(position) * f.f[i];
+    cos[i] = static_cast<float>(std::cos(angle));
+    sin[i] = static_cast<float>(std::sin(angle));
+  }
+  RotateRow(e, dim, cos, sin, 1);
+}
+
+void CpuOps::CompressCsa(int layer, const Pass& pass, const float* kv, const float* score, const float* index_kv,
+                         const float* index_score, const CompressorWeights& main, const CompressorWeights& index,
+                         const RopeFrequencies& f) {
+  const PageLayerLayout& page_layout = layout_.page_layers[layer];
+  const SlotLayerLayout& slot_layout = layout_.slot_layers[layer];
+
+  // Takes one row into the pending block; at the block's last row pools it with the previous block's first halves.
+  const auto pool_row = [](float* prev, float* cur, int64_t dim, int64_t position, const float* row_kv,
+                           const float* row_score, const std::vector<float>& ape, float* entry) {
+    const int64_t width = 2 * dim, r = position % 4;
+    float* cur_kv = cur + r * width;
+    float* cur_score = cur + 4 * width + r * width;
+    std::copy_n(row_kv, width, cur_kv);
+    for (int64_t c = 0; c < width; ++c) cur_score[c] = row_score[c] + ape[r * width + c];
+    if (r != 3) return false;
+    const float *scores[8], *values[8];
+    int rows = 0;
+    for (int j = 0; j < 4 && position > 3; ++j, ++rows) {  // block 0 has no previous block
+      values[rows] = prev + j * dim;
+      scores[rows] = prev + 4 * dim + j * dim;
+    }
+    for (int j = 0; j < 4; ++j, ++rows) {
+      values[rows] = cur + j * width + dim;
+      scores[rows] = cur + 4 * width + j * width + dim;
+    }
+    vec::PoolRows(scores, values, rows, dim, entry);
+    for (int j = 0; j < 4; ++j) {
+      std::copy_n(cur + j * width, dim, prev + j * dim);
+      std::copy_n(cur + 4 * width + j * width, dim, prev + 4 * dim + j * dim);
+    }
+    return true;
+  };
+
+  pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
+    const SequenceRows& s = pass.sequences[i];
+    const int64_t dim = config_.head_dim, index_dim = config_.index_head_dim;
+    const auto state = [&](int64_t offset) { return reinterpret_cast<float*>(s.slot + offset); };
+    float entry[512], key[128];
+    for (int64_t r = 0; r < s.count; ++r) {
+      const int64_t position = s.start + r, row = s.row + r;
+      const bool complete = pool_row(state(slot_layout.csa_prev), state(slot_layout.csa_cur), dim, position,
+                                     kv + row * 2 * dim, score + row * 2 * dim, main.ape, entry);
+      pool_row(state(slot_layout.index_prev), state(slot_layout.index_cur), index_dim, position,
+               index_kv + row * 2 * index_dim, index_score + row * 2 * index_dim, index.ape, key);
+      if (!complete) continue;
+      const int64_t n = position / 4, in_page = n % kCsaEntriesPerPage;
+      uint8_t* page = (*s.pages)[n / kCsaEntriesPerPage];
+      FinishEntry(entry, dim, main, n * 4, f);
+      SimulateKv(entry);
+      StoreEntry(entry, page + page_layout.bodies + in_page * layout_.entry.body_bytes,
+                 page + page_layout.scales + in_page * layout_.entry.scale_bytes);
+      FinishEntry(key, index_dim, index, n * 4, f);
+      SimulateIndex(key);
+      StoreIndexKey(key, page + page_layout.index_bodies + in_page * layout_.index_key.body_bytes,
+                    page + page_layout.index_scales + in_page * layout_.index_key.scale_bytes);
+    }
+  });
+}
+
+void CpuOps::CompressHca(int layer, const Pass& pass, const float* kv, const float* score, const CompressorWeights& w,
+                         const RopeFrequencies& f) {
+  const int64_t dim = config_.head_dim;
+  const PageLayerLayout& page_layout = layout_.page_layers[layer];
+  pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
+    const SequenceRows& s = pass.sequences[i];
+    float* max = reinterpret_cast<float*>(s.slot + layout_.slot_layers[layer].hca_state);
+    float* sum = max + dim;
+    float* weighted = sum + dim;
+    float with_ape[512], entry[512];
+    for (int64_t r = 0; r < s.count; ++r) {
+      const int64_t position = s.start + r, row = s.row + r, in_block = position % 128;
+      if (in_block == 0) {
+        std::fill_n(max, dim, -std::numeric_limits<float>::infinity());
+        std::fill_n(sum, 2 * dim, 0.0f);
+      }
+      for (int64_t c = 0; c < dim; ++c) with_ape[c] = score[row * dim + c] + w.ape[in_block * dim + c];
+      vec::OnlineSoftmaxStep(with_ape, kv + row * dim, dim, max, sum, weighted);
+      if (in_block != 127) continue;
+      for (int64_t c = 0; c < dim; ++c) entry[c] = weighted[c] / sum[c];
+      const int64_t n = position / 128;
+      FinishEntry(entry, dim, w, n * 128, f);
+      SimulateKv(entry);
+      uint8_t* page = (*s.pages)[n];
+      StoreEntry(entry, page + page_layout.bodies, page + page_layout.scales);
+    }
+  });
+}
+
+}  // namespace millrace

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+// The product of packed_linear.h, with Highway's run-time dispatch.
+//
+// One row streams the panel and widens weights in registers; more rows widen a strip of 16 lanes once into L1 and
+// run over it. Both do the same fused multiply-adds in the same order for each output, so a row's bits do not depend on
+// how many rows there are. FP8 and FP4 codes are widened through FP16 by a shift, which leaves out a power of two
+// (2^8 and 2^14) that the block's scale puts back exactly.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "engine/ops/matmul_cpu.cc"
+#include <hwy/foreach_target.h>
+// Highway's per-target sections follow.
+#include <hwy/highway.h>
+
+#include <algorithm>
+
+#include "engine/ops/packed_linear.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace millrace {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using D = hn::CappedTag<float, 16>;
+using V = hn::Vec<D>;
+constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
+constexpr int kStrip = 16;                      // lanes widened at a time
+constexpr int kStripVectors = kStrip / kLanes;  // 1, 2 or 4
+constexpr int kRowTile = 6;
+
+// Widens kLanes weights of input `i`, lanes `lane` and up. `width` is the panel's.
+template <WeightKind kKind>
+HWY_INLINE V Widen(const uint8_t* HWY_RESTRICT panel, int width, int64_t i, int lane) {
+  const D d;
+  if constexpr (kKind == WeightKind::kF32) {
+    return hn::LoadU(d, reinterpret_cast<const float*>(panel) + i * width + lane);
+  } else if constexpr (kKind == WeightKind::kBf16) {
+    const hn::Rebind<uint16_t, D> d16;
+    const hn::Rebind<uint32_t, D> d32;
+    const auto raw = hn::LoadU(d16, reinterpret_cast<const uint16_t*>(panel) + i * width + lane);
+    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, raw)));
+  } else {
+    const hn::Rebind<uint8_t, D> d8;
+    const hn::Rebind<uint16_t, D> d16;
+    const hn::Rebind<hwy::float16_t, D> df16;
+    if constexpr (kKind == WeightKind::kFp8) {
+      const auto raw = hn::PromoteTo(d16, hn::LoadU(d8, panel + i * width + lane));
+      const auto sign = hn::ShiftLeft<8>(hn::And(raw, hn::Set(d16, 0x80)));
+      const auto rest = hn::ShiftLeft<7>(hn::And(raw, hn::Set(d16, 0x7f)));
+      return hn::PromoteTo(d, hn::BitCast(df16, hn::Or(sign, rest)));
+    } else {
+      auto raw = hn::PromoteTo(d16, hn::LoadU(d8, panel + i * 32 + lane % 32));
+      if (lane >= 32) raw = hn::ShiftRight<4>(raw);
+      const auto sign = hn::ShiftLeft<12>(hn::And(raw, hn::Set(d16, 8)));
+      const auto rest = hn::ShiftLeft<9>(hn::And(raw, hn::Set(d16, 7)));
+      return hn::PromoteTo(d, hn::BitCast(df16, hn::Or(sign, rest)));
+    }
+  }
+}
+
+template <WeightKind kKind>
+struct Block {
+  static constexpr int kK = kKind == WeightKind::kFp4 ? 32 : 128;
+  static constexpr float kWidened = kKind == WeightKind::kFp8 ? 256.0f : kKind == WeightKind::kFp4 ? 16384.0f : 1.0f;
+};
+
+// What a block's sum is multiplied by, for the lanes at `lane`.
+template <WeightKind kKind>
+HWY_INLINE V BlockScale(const float* HWY_RESTRICT scales, int64_t block, int lane, float activation_scale) {
+  const D d;
+  const V s = hn::Set(d, activation_scale * Block<kKind>::kWidened);
+  if constexpr (kKind == WeightKind::kFp8) return hn::Mul(s, hn::Set(d, scales[block]));
+  if constexpr (kKind == WeightKind::kFp4)
+    return hn::Mul(s, hn::LoadU(d, scales + block * PackedLinear::kPanel + lane));
+  return s;
+}
+
+HWY_INLINE float ActivationScale(const ActivationRows& x, int64_t row, int64_t k0) {
+  return x.scales == nullptr ? 1.0f : x.scales[row * x.scales_ld + k0 / 128];
+}
+
+// One row, `kVectors` vectors of one panel starting at lane 0.
+template <WeightKind kKind, int kVectors>
+HWY_INLINE void RowTimesPanel(const PackedLinear& w, int64_t panel, const ActivationRows& x, float* HWY_RESTRICT out,
+                              int first_lane) {
+  const D d;
+  const uint8_t* HWY_RESTRICT data = w.panel_data(panel);
+  const float* HWY_RESTRICT scales = w.panel_scales(panel);
+  const int width = w.panel_width(panel);
+  V total[kVectors];
+  for (int v = 0; v < kVectors; ++v) total[v] = hn::Zero(d);
+  for (int64_t k0 = 0; k0 < w.k(); k0 += Block<kKind>::kK) {
+    const int64_t k1 = std::min<int64_t>(w.k(), k0 + Block<kKind>::kK);
+    V sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) sum[v] = hn::Zero(d);
+    for (int64_t i = k0; i < k1; ++i) {
+      const V value = hn::Set(d, x.values[i]);
+      for (int v = 0; v < kVectors; ++v) {
+        sum[v] = hn::MulAdd(value, Widen<kKind>(data, width, i, first_lane + v * kLanes), sum[v]);
+      }
+    }
+    const float activation_scale = ActivationScale(x, 0, k0);
+    for (int v = 0; v < kVectors; ++v) {
+      total[v] = hn::MulAdd(sum[v],
+                            BlockScale<kKind>(scales, k0 / Block<kKind>::kK, first_lane + v * kLanes, activation_scale),
+                            total[v]);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) hn::StoreU(total[v], d, out + first_lane + v * kLanes);
+}
+
+template <WeightKind kKind>
+void OneRow(const PackedLinear& w, int64_t panel, const ActivationRows& x, float* HWY_RESTRICT lanes) {
+  const int width = w.panel_width(panel);
+  constexpr int kFull = PackedLinear::kPanel / kLanes;
+  // Eight accumulators hide the latency of a fused multiply-add; more would spill.
+  if constexpr (kFull <= 8) {
+    if (width == PackedLinear::kPanel) return RowTimesPanel<kKind, kFull>(w, panel, x, lanes, 0);
+  }
+  for (int lane = 0; lane < width; lane += kStrip) RowTimesPanel<kKind, kStripVectors>(w, panel, x, lanes, lane);
+}
+
+// kRows rows times one widened strip [block][kStrip], added to totals [kRows][kPanel].
+template <WeightKind kKind, int kRows>
+HWY_INLINE void RowsTimesStrip(const float* HWY_RESTRICT strip, int64_t k0, int64_t len,
+                               const float* HWY_RESTRICT scales, int lane, const ActivationRows& x, int64_t row,
+                               float* HWY_RESTRICT totals) {
+  const D d;
+  V sum[kRows][kStripVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kStripVectors; ++v) sum[r][v] = hn::Zero(d);
+  }
+  for (int64_t i = 0; i < len; ++i) {
+    V weight[kStripVectors];
+    for (int v = 0; v < kStripVectors; ++v) weight[v] = hn::Load(d, strip + i * kStrip + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const V value = hn::Set(d, x.values[(row + r) * x.ld + k0 + i]);
+      for (int v = 0; v < kStripVectors; ++v) sum[r][v] = hn::MulAdd(value, weight[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const float activation_scale = ActivationScale(x, row + r, k0);
+    for (int v = 0; v < kStripVectors; ++v) {
+      float* at = totals + r * PackedLinear::kPanel + lane + v * kLanes;
+      const V scale = BlockScale<kKind>(scales, k0 / Block<kKind>::kK, lane + v * kLanes, activation_scale);
+      hn::StoreU(hn::MulAdd(sum[r][v], scale, hn::LoadU(d, at)), d, at);
+    }
+  }
+}
+
+// All rows times one panel; totals [m][kPanel] must be zero.
+template <WeightKind kKind>
+void ManyRows(const PackedLinear& w, int64_t panel, const ActivationRows& x, int64_t m, float* HWY_RESTRICT totals) {
+  const D d;
+  HWY_ALIGN float strip[Block<kKind>::kK * kStrip];
+  const uint8_t* data = w.panel_data(panel);
+  const float* scales = w.panel_scales(panel);
+  const int width = w.panel_width(panel);
+  for (int lane = 0; lane < width; lane += kStrip) {
+    for (int64_t k0 = 0; k0 < w.k(); k0 += Block<kKind>::kK) {
+      const int64_t len = std::min<int64_t>(w.k() - k0, Block<kKind>::kK);
+      for (int64_t i = 0; i < len; ++i) {
+        for (int v = 0; v < kStripVectors; ++v) {
+          hn::Store(Widen<kKind>(data, width, k0 + i, lane + v * kLanes), d, strip + i * kStrip + v * kLanes);
+        }
+      }
+      int64_t row = 0;
+      for (; row + kRowTile <= m; row += kRowTile) {
+        RowsTimesStrip<kKind, kRowTile>(strip, k0, len, scales, lane, x, row, totals + row * PackedLinear::kPanel);
+      }
+      float* rest = totals + row * PackedLinear::kPanel;
+      switch (m - row) {
+        case 5:
+          RowsTimesStrip<kKind, 5>(strip, k0, len, scales, lane, x, row, rest);
+          break;
+        case 4:
+          RowsTimesStrip<kKind, 4>(strip, k0, len, scales, lane, x, row, rest);
+          break;
+        case 3:
+          RowsTimesStrip<kKind, 3>(strip, k0, len, scales, lane, x, row, rest);
+          break;
+        case 2:
+          RowsTimesStrip<kKind, 2>(strip, k0, len, scales, lane, x, row, rest);
+          break;
+        case 1:
+          RowsTimesStrip<kKind, 1>(strip, k0, len, scales, lane, x, row, rest);
+          break;
+        default:
+          break;
+      }
+    }
+  }
+}
+
+template <WeightKind kKind>
+void PanelProduct(const PackedLinear& w, int64_t panel, const ActivationRows& x, int64_t m, float* out,
+                  int64_t out_ld) {
+  const int64_t first = panel * PackedLinear::kPanel;
+  const int64_t used = std::min<int64_t>(PackedLinear::kPanel, w.n() - first);
+  if (m == 1) {
+    HWY_ALIGN float lanes[PackedLinear::kPanel];
+    OneRow<kKind>(w, panel, x, lanes);
+    std::copy_n(lanes, used, out + first);
+    return;
+  }
+  thread_local std::vector<float> totals;
+  totals.assign(m * PackedLinear::kPanel, 0.0f);
+  ManyRows<kKind>(w, panel, x, m, totals.data());
+  for (int64_t r = 0; r < m; ++r) std::copy_n(totals.data() + r * PackedLinear::kPanel, used, out + r * out_ld + first);
+}
+
+void PanelProductAny(const PackedLinear& w, int64_t panel, const ActivationRows& x, int64_t m, float* out,
+                     int64_t out_ld) {
+  switch (w.kind()) {
+    case WeightKind::kF32:
+      return PanelProduct<WeightKind::kF32>(w, panel, x, m, out, out_ld);
+    case WeightKind::kBf16:
+      return PanelProduct<WeightKind::kBf16>(w, panel, x, m, out, out_ld);
+    case WeightKind::kFp8:
+      return PanelProduct<WeightKind::kFp8>(w, panel, x, m, out, out_ld);
+    case WeightKind::kFp4:
+      return PanelProduct<WeightKind::kFp4>(w, panel, x, m, out, out_ld);
+  }
+}
+
+// Rounds to E4M3 code values: to 3 mantissa bits in the normal range, to steps of 2^-9 below 2^-6; |x| <= 448 after the
+// clamp. Same values as DecodeE4m3(EncodeE4m3(x)).
+void QuantiseGroup(const float* x, int64_t n, float inv_scale, float* codes) {
+  const D d;
+  const hn::Rebind<uint32_t, D> du;
+  const auto one = [&](V value) HWY_ATTR {
+    const V scaled = hn::Mul(value, hn::Set(d, inv_scale));
+    const V magnitude = hn::Min(hn::Abs(scaled), hn::Set(d, 448.0f));
+    const auto bits = hn::BitCast(du, magnitude);
+    const auto lsb = hn::And(hn::ShiftRight<20>(bits), hn::Set(du, 1u));
+    const auto rounded = hn::And(hn::Add(bits, hn::Add(lsb, hn::Set(du, 0x7ffffu))), hn::Set(du, 0xfff00000u));
+    const V small = hn::Sub(hn::Add(magnitude, hn::Set(d, 0x1p14f)), hn::Set(d, 0x1p14f));
+    const V result = hn::IfThenElse(hn::Lt(magnitude, hn::Set(d, 0x1p-6f)), small, hn::BitCast(d, rounded));
+    return hn::CopySign(result, scaled);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(one(hn::LoadU(d, x + i)), d, codes + i);
+  for (; i < n; ++i) {
+    float lane[kLanes] = {x[i]};
+    hn::StoreU(one(hn::LoadU(d, lane)), d, lane);
+    codes[i] = lane[0];
+  }
+}
+
+float AbsMax(const float* x, int64_t n) {
+  const D d;
+  V best = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) best = hn::Max(best, hn::Abs(hn::LoadU(d, x + i)));
+  float result = hn::GetLane(hn::MaxOfLanes(d, best));
+  for (; i < n; ++i) result = std::max(result, std::abs(x[i]));
+  return result;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace millrace
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+#include "engine/ops/rounding.h"
+
+namespace millrace {
+HWY_EXPORT(PanelProductAny);
+HWY_EXPORT(QuantiseGroup);
+HWY_EXPORT(AbsMax);
+
+void MatMul(const PackedLinear& w, const ActivationRows& x, int64_t m, float* out, int64_t out_ld, ThreadPool& pool) {
+  if (m == 0) return;
+  const auto product = HWY_DYNAMIC_POINTER(PanelProductAny);
+  // Rows go through in strips that keep the activations in cache; the split changes no sum.
+  constexpr int64_t kRowStrip = 96;
+  const int64_t panels = w.num_panels(), strips = (m + kRowStrip - 1) / kRowStrip;
+  pool.For(panels * strips, [&](int64_t i) {
+    const int64_t panel = i % panels, row = i / panels * kRowStrip;
+    ActivationRows part = x;
+    part.values += row * x.ld;
+    if (part.scales != nullptr) part.scales += row * x.scales_ld;
+    product(w, panel, part, std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
+  });
+}
+
+void QuantiseActivations(const float* x, int64_t k, int group, float* codes, float* scales) {
+  const auto quantise = HWY_DYNAMIC_POINTER(QuantiseGroup);
+  const auto abs_max = HWY_DYNAMIC_POINTER(AbsMax);
+  for (int64_t i = 0; i < k; i += group) {
+    const int64_t n = std::min<int64_t>(group, k - i);
+    const int exponent = ActQuantScale(abs_max(x + i, n));
+    scales[i / group] = PowerOfTwo(exponent);
+    quantise(x + i, n, PowerOfTwo(-exponent), codes + i);
+  }
+}
+
+}  // namespace millrace
+#endif  // HWY_ONCE

@@ -1,0 +1,450 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sampler: a handful of passes over the vocabulary, never a sort of it.
+//
+//   adjust    banned ids to -inf, bias added, then penalties: repetition, frequency, presence (vLLM's order). Skipped,
+//             without a copy, when the request asks for none of it.
+//   check     maximum, and whether anything is NaN or +inf.
+//   log-probs weights exp(logit - max) and their sum.
+//   truncate  weights exp((logit - max) / temperature); then min-p, top-k, top-p, each on what the previous one left
+//   and
+//             renormalised over it. A histogram over the weights' binades says which binade a cut is in; only there are
+//             tokens compared with each other.
+//   draw      inverse of the cumulative weights in ascending id.
+//
+// A token's bits must not depend on the machine that draws it, since a migrated request goes on elsewhere: the
+// exponential is our own (IEEE double arithmetic only, this file is built without contraction to FMA), and sums have
+// eight lanes (id mod 8) in blocks of kBlock whatever the width of the machine's vectors.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "engine/ops/sampler.h"
+#include "engine/status.h"
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace millrace {
+namespace {
+
+// A machine register's worth of numbers: the baseline's and AVX2's. (GCC ignores a size that depends on a template.)
+struct Vector16 {
+  static constexpr int kFloats = 4, kDoubles = 2;
+  using Float = float __attribute__((vector_size(16)));
+  using Int = int32_t __attribute__((vector_size(16)));
+  using Double = double __attribute__((vector_size(16)));
+  using Long = int64_t __attribute__((vector_size(16)));
+  using HalfFloat = float __attribute__((vector_size(8)));
+};
+struct Vector32 {
+  static constexpr int kFloats = 8, kDoubles = 4;
+  using Float = float __attribute__((vector_size(32)));
+  using Int = int32_t __attribute__((vector_size(32)));
+  using Double = double __attribute__((vector_size(32)));
+  using Long = int64_t __attribute__((vector_size(32)));
+  using HalfFloat = float __attribute__((vector_size(16)));
+};
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kGreedyTemperature = 1e-5f;  // vLLM's bound: below it, dividing by the temperature says nothing new
+constexpr int kBlock = 1024;                 // ids per partial sum: 127 blocks for the released vocabulary
+
+struct Candidate {
+  double weight;
+  int32_t id;
+};
+bool Better(const Candidate& a, const Candidate& b) { return a.weight != b.weight ? a.weight > b.weight : a.id < b.id; }
+
+// Reused from draw to draw: about 2 MB at the released vocabulary, too much to ask of the allocator each time. No value
+// survives a call.
+struct Scratch {
+  std::vector<float> adjusted;
+  std::vector<uint32_t> seen;
+  std::vector<double> weights, block_sums;
+  std::vector<Candidate> candidates, doubtful;
+};
+
+struct MaxOfRow {
+  float value;
+  bool finite;
+};
+
+// ---- A register at a time ----
+
+// exp(x) for x <= 0 within 2 ulp, 0 below -708 (where doubles end) and for NaN. x = n ln 2 + r, a Taylor series of
+// degree 13 in |r| <= 0.35 (next term 4e-18), and n added to the exponent.
+template <typename V>
+ALWAYS_INLINE typename V::Double Exp(typename V::Double x) {
+  using Double = typename V::Double;
+  using Long = typename V::Long;
+  const Long live = x >= -708.0;
+  const Double clamped =
+      reinterpret_cast<Double>(reinterpret_cast<Long>(x) & live);  // the dead compute exp(0) meanwhile
+  const double kRound = 0x1.8p52;  // adding it leaves the nearest integer in the low mantissa bits
+  const Double shifted = clamped * 0x1.71547652b82fep0 + kRound;
+  const Double n = shifted - kRound;
+  const Double r = (clamped - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
+  Double p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  const Long bits = reinterpret_cast<Long>(p) + (reinterpret_cast<Long>(shifted) << 52);
+  return reinterpret_cast<Double>(bits & live);
+}
+
+template <typename V>
+ALWAYS_INLINE MaxOfRow FindMaxBody(absl::Span<const float> logits) {
+  typename V::Float max = typename V::Float{} - kInf;
+  typename V::Int good = ~typename V::Int{};
+  const int64_t size = logits.size();
+  int64_t i = 0;
+  for (; i + V::kFloats <= size; i += V::kFloats) {
+    typename V::Float v;
+    std::memcpy(&v, logits.data() + i, sizeof(v));
+    good &= v <= std::numeric_limits<float>::max();  // false for NaN and +inf
+    max = v > max ? v : max;
+  }
+  MaxOfRow result = {-kInf, true};
+  auto add = [&result](float value, bool finite) {
+    result.value = std::max(result.value, value);
+    result.finite = result.finite && finite;
+  };
+  for (int lane = 0; lane < V::kFloats; ++lane) add(max[lane], good[lane] != 0);
+  for (; i < size; ++i) add(logits[i], logits[i] <= std::numeric_limits<float>::max());
+  return result;
+}
+
+// weights[i] = exp((logits[i] - max) * inv_temperature), block_sums one per kBlock ids.
+template <typename V>
+ALWAYS_INLINE void WeighBody(absl::Span<const float> logits, float max, double inv_temperature, double* weights,
+                             double* block_sums) {
+  constexpr int kParts = 8 / V::kDoubles;  // registers that make up the eight lanes
+  const int64_t size = logits.size();
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const int64_t end = std::min<int64_t>(begin + kBlock, size);
+    typename V::Double sums[kParts] = {};
+    for (int64_t i = begin; i < end; i += 8) {
+      // The last few are computed in a copy padded with -inf, which weighs nothing.
+      const bool whole = end - i >= 8;
+      float padded_logits[8] = {-kInf, -kInf, -kInf, -kInf, -kInf, -kInf, -kInf, -kInf};
+      double padded_weights[8];
+      if (!whole) std::copy(logits.begin() + i, logits.begin() + end, padded_logits);
+      const float* in = whole ? logits.data() + i : padded_logits;
+      double* out = whole ? weights + i : padded_weights;
+      for (int part = 0; part < kParts; ++part) {
+        typename V::HalfFloat x;
+        std::memcpy(&x, in + part * V::kDoubles, sizeof(x));
+        const typename V::Double logit = __builtin_convertvector(x, typename V::Double);
+        const typename V::Double w = Exp<V>((logit - static_cast<double>(max)) * inv_temperature);
+        sums[part] += w;
+        std::memcpy(out + part * V::kDoubles, &w, sizeof(w));
+      }
+      if (!whole) std::copy(padded_weights, padded_weights + (end - i), weights + i);
+    }
+    double lanes[8];
+    std::memcpy(lanes, sums, sizeof(lanes));
+    *block_sums++ = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  }
+}
+
+// The same source for the baseline and for AVX2, chosen at run time; the bits are the same.
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) MaxOfRow FindMaxAvx2(absl::Span<const float> logits) {
+  return FindMaxBody<Vector32>(logits);
+}
+__attribute__((target("avx2"))) void WeighAvx2(absl::Span<const float> logits, float max, double inv_temperature,
+                                               double* weights, double* block_sums) {
+  WeighBody<Vector32>(logits, max, inv_temperature, weights, block_sums);
+}
+bool HaveAvx2() {
+  static const bool have = __builtin_cpu_supports("avx2");
+  return have;
+}
+#endif
+
+MaxOfRow FindMax(absl::Span<const float> logits) {
+#if defined(__x86_64__)
+  if (HaveAvx2()) return FindMaxAvx2(logits);
+#endif
+  return FindMaxBody<Vector16>(logits);
+}
+
+// Fills scratch.weights and scratch.block_sums and returns the sum of all.
+double Weigh(absl::Span<const float> logits, float max, double inv_temperature, Scratch& scratch) {
+  scratch.weights.resize(logits.size());
+  scratch.block_sums.resize((logits.size() + kBlock - 1) / kBlock);
+  double* weights = scratch.weights.data();
+  double* block_sums = scratch.block_sums.data();
+#if defined(__x86_64__)
+  if (HaveAvx2()) {
+    WeighAvx2(logits, max, inv_temperature, weights, block_sums);
+  } else {
+    WeighBody<Vector16>(logits, max, inv_temperature, weights, block_sums);
+  }
+#else
+  WeighBody<Vector16>(logits, max, inv_temperature, weights, block_sums);
+#endif
+  double sum = 0;
+  for (double s : scratch.block_sums) sum += s;
+  return sum;
+}
+
+// ---- Adjust ----
+
+// Returns the logits the request is drawn from: the caller's own, or a changed copy in scratch. Ids outside the
+// vocabulary (which a server has refused long before) name no logit and change nothing.
+absl::Span<const float> Adjust(absl::Span<const float> logits, const SamplingRequest& request, Scratch& scratch) {
+  const SamplingParams& p = request.params;
+  const bool repetition = p.repetition_penalty != 1.0f && !(request.prompt.empty() && request.output.empty());
+  const bool counting = (p.frequency_penalty != 0.0f || p.presence_penalty != 0.0f) && !request.output.empty();
+  if (p.banned.empty() && p.logit_bias.empty() && !repetition && !counting) return logits;
+
+  const int64_t size = logits.size();
+  auto in_vocabulary = [size](int32_t id) { return id >= 0 && id < size; };
+  std::vector<float>& out = scratch.adjusted;
+  out.assign(logits.begin(), logits.end());
+  for (int32_t id : p.banned) {
+    if (in_vocabulary(id)) out[id] = -kInf;
+  }
+  for (const auto& [id, bias] : p.logit_bias) {
+    if (in_vocabulary(id)) out[id] += bias;
+  }
+  if (repetition || counting) {
+    // Per id: how often it was drawn, and in the top bit whether the prompt has it.
+    constexpr uint32_t kInPrompt = 1u << 31;
+    scratch.seen.assign(size, 0);
+    for (int32_t id : request.output) {
+      if (in_vocabulary(id)) ++scratch.seen[id];
+    }
+    if (repetition) {
+      for (int32_t id : request.prompt) {
+        if (in_vocabulary(id)) scratch.seen[id] |= kInPrompt;
+      }
+    }
+    for (int64_t id = 0; id < size; ++id) {
+      const uint32_t seen = scratch.seen[id];
+      if (seen == 0) continue;
+      const uint32_t drawn = seen & ~kInPrompt;
+      if (repetition) out[id] = out[id] > 0 ? out[id] / p.repetition_penalty : out[id] * p.repetition_penalty;
+      out[id] -= p.frequency_penalty * static_cast<float>(drawn);
+      if (drawn > 0) out[id] -= p.presence_penalty;
+    }
+  }
+  return out;
+}
+
+// ---- Truncate ----
+
+// Binade of a weight in (0, 1]: 0 for 1, 1 for [1/2, 1), and so on; the last holds all smaller ones.
+constexpr int kBinades = 64;
+int Binade(double weight) {
+  const int exponent = static_cast<int>(std::bit_cast<uint64_t>(weight) >> 52);
+  return std::min(1023 - exponent, kBinades - 1);
+}
+
+double Sum(absl::Span<const Candidate> candidates) {
+  double sum = 0;
+  for (const Candidate& c : candidates) sum += c.weight;
+  return sum;
+}
+
+// Keeps the shortest list of best candidates that numbers `count` or weighs `mass`, at least one, ids ascending as
+// before. Whole binades stay or go by their sums; only the one the cut falls into is searched, by halving its doubtful
+// range, so that the work is linear.
+void KeepBest(int64_t count, double mass, Scratch& scratch) {
+  std::vector<Candidate>& candidates = scratch.candidates;
+  int64_t counts[kBinades] = {};
+  double masses[kBinades] = {};
+  for (const Candidate& c : candidates) {
+    ++counts[Binade(c.weight)];
+    masses[Binade(c.weight)] += c.weight;
+  }
+  int cut_binade = 0;
+  while (cut_binade < kBinades - 1 && counts[cut_binade] < count && masses[cut_binade] < mass) {
+    count -= counts[cut_binade];
+    mass -= masses[cut_binade];
+    ++cut_binade;
+  }
+
+  std::vector<Candidate>& doubtful = scratch.doubtful;
+  doubtful.clear();
+  for (const Candidate& c : candidates) {
+    if (Binade(c.weight) == cut_binade) doubtful.push_back(c);
+  }
+  if (doubtful.empty()) return;             // neither was reached: all stay
+  size_t begin = 0, end = doubtful.size();  // up to and with `begin` all stay, from `end` on all go
+  while (end - begin > 1) {
+    const size_t middle = begin + (end - begin) / 2;
+    std::nth_element(doubtful.begin() + begin, doubtful.begin() + middle, doubtful.begin() + end, Better);
+    const double heavier = Sum(absl::MakeSpan(doubtful).subspan(begin, middle - begin));
+    const int64_t more = middle - begin;
+    if (more >= count || heavier >= mass) {
+      end = middle;
+    } else {
+      count -= more;
+      mass -= heavier;
+      begin = middle;
+    }
+  }
+  const Candidate last_kept = doubtful[begin];
+  std::erase_if(candidates, [&](const Candidate& c) { return Better(last_kept, c); });
+}
+
+// Applies min-p, top-k and top-p to scratch.weights; what survives is in scratch.candidates, in ascending id.
+void Truncate(const SamplingParams& p, Scratch& scratch) {
+  std::vector<Candidate>& candidates = scratch.candidates;
+  const double floor = std::min(p.min_p, 1.0f);  // the heaviest token weighs exactly 1 and always stays
+  candidates.clear();
+  for (size_t id = 0; id < scratch.weights.size(); ++id) {
+    const double w = scratch.weights[id];
+    if (w > 0 && w >= floor) candidates.push_back({w, static_cast<int32_t>(id)});
+  }
+  if (p.top_k > 0) KeepBest(p.top_k, kInf, scratch);
+  if (p.top_p < 1.0f) {
+    // The fraction comes as a float: the half ulp it may have gained must not let one more token in, as it would with
+    // ten equal tokens and 0.6.
+    const double fraction = static_cast<double>(p.top_p) * (1 - 0x1p-23);
+    KeepBest(std::numeric_limits<int64_t>::max(), fraction * Sum(candidates), scratch);
+  }
+}
+
+// ---- Draw ----
+
+// The first id whose cumulative weight passes u times the total; if rounding has let none pass, the last with any
+// weight.
+int32_t DrawFromCandidates(const std::vector<Candidate>& candidates, double u) {
+  const double target = u * Sum(candidates);
+  double cumulative = 0;
+  for (const Candidate& c : candidates) {
+    cumulative += c.weight;
+    if (cumulative > target) return c.id;
+  }
+  return candidates.back().id;
+}
+
+// The same over the whole vocabulary, whose block sums are known.
+int32_t DrawFromAll(const Scratch& scratch, double total, double u) {
+  const double target = u * total;
+  double cumulative = 0;
+  int32_t last = -1;
+  for (size_t block = 0; block < scratch.block_sums.size(); ++block) {
+    const double after = cumulative + scratch.block_sums[block];
+    const size_t begin = block * kBlock, end = std::min(begin + kBlock, scratch.weights.size());
+    if (after > target || block + 1 == scratch.block_sums.size()) {
+      for (size_t id = begin; id < end; ++id) {
+        if (scratch.weights[id] == 0) continue;
+        cumulative += scratch.weights[id];
+        last = static_cast<int32_t>(id);
+        if (cumulative > target) return last;
+      }
+      // The block's lanes and this walk may differ in the last bit: the block was the right one.
+      if (last >= 0) return last;
+    }
+    cumulative = after;
+  }
+  // Only if the trailing blocks weigh nothing and rounding ate the rest: the last id that weighs anything.
+  for (size_t id = scratch.weights.size(); id-- > 0;) {
+    if (scratch.weights[id] > 0) return static_cast<int32_t>(id);
+  }
+  CHECK(false, "a finite row has a token of weight 1");
+  return -1;
+}
+
+// 53 bits: [0, 1).
+double UniformDraw(const SamplingRequest& request) {
+  const PhiloxWords words = Philox4x32(request.params.seed, request.token_index, request.choice);
+  const uint64_t bits = static_cast<uint64_t>(words.v[1]) << 32 | words.v[0];
+  return static_cast<double>(bits >> 11) * 0x1p-53;
+}
+
+int32_t FirstWithValue(absl::Span<const float> logits, float value) {
+  return static_cast<int32_t>(std::find(logits.begin(), logits.end(), value) - logits.begin());
+}
+
+// Ids and logits of the n best that can occur at all, best first, ties to the lower id. n is small: one pass with a
+// sorted list, which most tokens fail to enter by one comparison.
+std::vector<std::pair<int32_t, float>> TopLogits(absl::Span<const float> logits, int n) {
+  std::vector<std::pair<int32_t, float>> top;
+  if (n <= 0) return top;
+  top.reserve(n + 1);
+  for (size_t id = 0; id < logits.size(); ++id) {
+    const float x = logits[id];
+    if (x == -kInf || (static_cast<int>(top.size()) == n && x <= top.back().second)) continue;
+    const auto at = std::find_if(top.begin(), top.end(), [x](const auto& entry) { return x > entry.second; });
+    top.insert(at, {static_cast<int32_t>(id), x});
+    if (static_cast<int>(top.size()) > n) top.pop_back();
+  }
+  return top;
+}
+
+}  // namespace
+
+// Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (SC'11), section 3.
+PhiloxWords Philox4x32(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  uint32_t c0 = static_cast<uint32_t>(counter_low), c1 = static_cast<uint32_t>(counter_low >> 32);
+  uint32_t c2 = static_cast<uint32_t>(counter_high), c3 = static_cast<uint32_t>(counter_high >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9;  // golden ratio
+    k1 += 0xBB67AE85;  // sqrt(3) - 1
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+SampledToken Sample(absl::Span<const float> raw_logits, const SamplingRequest& request) {
+  CHECK(!raw_logits.empty(), "sampling needs a vocabulary");
+  thread_local Scratch scratch;
+  const SamplingParams& p = request.params;
+  const absl::Span<const float> logits = Adjust(raw_logits, request, scratch);
+
+  SampledToken token;
+  const MaxOfRow max = FindMax(logits);
+  if (!max.finite || max.value == -kInf) {
+    token.finite = false;
+    return token;
+  }
+  double total = Weigh(logits, max.value, 1.0, scratch);
+  const double log_total = std::log(total);
+  auto logprob = [&](float logit) {
+    return static_cast<float>((static_cast<double>(logit) - static_cast<double>(max.value)) - log_total);
+  };
+
+  if (!(p.temperature >= kGreedyTemperature)) {
+    token.id = FirstWithValue(logits, max.value);
+  } else {
+    if (p.temperature != 1.0f) total = Weigh(logits, max.value, 1.0 / static_cast<double>(p.temperature), scratch);
+    const double u = UniformDraw(request);
+    const bool truncates = p.top_p < 1.0f || p.min_p > 0.0f || p.top_k > 0;
+    if (truncates) {
+      Truncate(p, scratch);
+      token.id = DrawFromCandidates(scratch.candidates, u);
+    } else {
+      token.id = DrawFromAll(scratch, total, u);
+    }
+  }
+  token.logprob = logprob(logits[token.id]);
+  token.top = TopLogits(logits, p.top_logprobs);
+  for (auto& [id, value] : token.top) value = logprob(value);
+  return token;
+}
+
+}  // namespace millrace

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// Lightning indexer and attention core on the CPU.
+//
+// One query row at a time: the window first (two tiles of 64 slots, oldest to newest, slots before the sequence
+// masked), then the entries in tiles of 64; an online softmax inside segments of 18 tiles, segments merged in order; the
+// sink joins the normaliser at the end. The list and its tiles depend on the query's position only.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "engine/ops/cpu_ops.h"
+#include "engine/ops/rounding.h"
+#include "engine/ops/vector_cpu.h"
+
+namespace millrace {
+namespace {
+
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+constexpr int kTile = 64;
+constexpr int kTilesPerSegment = 18;
+
+// Running softmax of `heads` queries over tiles of keys.
+class OnlineAttention {
+ public:
+  OnlineAttention(const float* q, int heads, int64_t dim, bool round_p)
+      : q_(q), heads_(heads), dim_(dim), round_p_(round_p), scale_(1.0f / std::sqrt(static_cast<float>(dim))),
+        max_(heads, kNegInf), sum_(heads, 0.0f), out_(heads * dim, 0.0f), logits_(heads * kTile), p_(heads * kTile),
+        correction_(heads) {}
+
+  // At most kTile keys, none masked; an empty tile changes nothing but counts.
+  void Tile(const float* const* keys, int n) {
+    if (tiles_++ == kTilesPerSegment) {
+      CloseSegment();
+      tiles_ = 1;
+    }
+    if (n == 0) return;
+    for (int j = 0; j < n; ++j) vec::DotHeads(q_, heads_, keys[j], dim_, scale_, logits_.data() + j, kTile);
+    for (int h = 0; h < heads_; ++h) {
+      const float* l = logits_.data() + h * kTile;
+      const float max = std::max(max_[h], *std::max_element(l, l + n));
+      correction_[h] = std::exp(max_[h] - max);
+      float* p = p_.data() + h * kTile;
+      sum_[h] = sum_[h] * correction_[h] + vec::ExpTile(l, n, max, p);
+      if (round_p_) vec::RoundBf16(p, n);
+      max_[h] = max;
+    }
+    vec::AccumulateValues(p_.data(), kTile, heads_, keys, n, correction_.data(), dim_, out_.data());
+  }
+
+  void Finish(const float* sink, float* out) {
+    CloseSegment();
+    for (int h = 0; h < heads_; ++h) {
+      const float z = total_sum_[h] + std::exp(sink[h] - total_max_[h]);
+      for (int64_t i = 0; i < dim_; ++i) out[h * dim_ + i] = total_out_[h * dim_ + i] / z;
+    }
+  }
+
+ private:
+  void CloseSegment() {
+    if (total_out_.empty()) {
+      total_max_ = max_;
+      total_sum_ = sum_;
+      total_out_ = out_;
+    } else {
+      for (int h = 0; h < heads_; ++h) {
+        const float max = std::max(total_max_[h], max_[h]);
+        const float a = std::exp(total_max_[h] - max), b = std::exp(max_[h] - max);
+        total_max_[h] = max;
+        total_sum_[h] = total_sum_[h] * a + sum_[h] * b;
+        for (int64_t i = h * dim_; i < (h + 1) * dim_; ++i) total_out_[i] = total_out_[i] * a + out_[i] * b;
+      }
+    }
+    std::fill(max_.begin(), max_.end(), kNegInf);
+    std::fill(sum_.begin(), sum_.end(), 0.0f);
+    std::fill(out_.begin(), out_.end(), 0.0f);
+  }
+
+  const float* q_;
+  const int heads_;
+  const int64_t dim_;
+  const bool round_p_;
+  const float scale_;
+  int tiles_ = 0;
+  std::vector<float> max_, sum_, out_, logits_, p_, correction_;
+  std::vector<float> total_max_, total_sum_, total_out_;
+};
+
+// Keeps the indices of the k best scores, ties to the lower index, ascending.
+void TopK(const float* scores, int64_t n, int k, std::vector<int32_t>& scratch, std::vector<int32_t>& out) {
+  scratch.resize(n);
+  std::iota(scratch.begin(), scratch.end(), 0);
+  if (n > k) {
+    std::nth_element(scratch.begin(), scratch.begin() + k, scratch.end(), [scores](int32_t a, int32_t b) {
+      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+    });
+    scratch.resize(k);
+    std::sort(scratch.begin(), scratch.end());
+  }
+  out.insert(out.end(), scratch.begin(), scratch.end());
+}
+
+}  // namespace
+
+void CpuOps::IndexSelect(int layer, const Pass& pass, float* q, const float* weights, int heads, int topk,
+                         RopeRows rope, Selection& selection) {
+  const int64_t dim = config_.index_head_dim;
+  selection.entries.clear();
+  selection.offset.assign(1, 0);
+  selection.all = true;
+  for (const SequenceRows& s : pass.sequences) selection.all &= (s.start + s.count) / 4 <= topk;
+  if (selection.all) return;
+
+  pool_.For(pass.num_rows, [&](int64_t r) {
+    for (int h = 0; h < heads; ++h) {
+      float* head = q + (r * heads + h) * dim;
+      RotateRow(head, dim, rope.cos + r * 32, rope.sin + r * 32, 1);
+      SimulateIndex(head);
+    }
+  });
+  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)) / std::sqrt(static_cast<double>(heads)));
+  std::vector<float> scaled(pass.num_rows * heads);
+  for (size_t i = 0; i < scaled.size(); ++i) {
+    scaled[i] = weights[i] * scale;
+    if (rounding_.index_score) scaled[i] = RoundBf16(scaled[i]);
+  }
+
+  const PageLayerLayout& l = layout_.page_layers[layer];
+  std::vector<float> scores, keys;
+  std::vector<std::vector<int32_t>> chosen(pass.num_rows);
+  for (const SequenceRows& s : pass.sequences) {
+    // A tile of rows against blocks of keys: bounds the score matrix and widens each key once per tile.
+    const int64_t visible = (s.start + s.count) / 4;
+    const int64_t tile_rows = std::clamp<int64_t>((int64_t{4} << 20) / std::max<int64_t>(visible, 1), 1, s.count);
+    constexpr int64_t kBlock = 512;
+    for (int64_t r0 = 0; r0 < s.count; r0 += tile_rows) {
+      const int64_t rows = std::min(tile_rows, s.count - r0);
+      const int64_t n_max = (s.start + r0 + rows) / 4;
+      scores.resize(rows * n_max);
+      keys.resize(kBlock * dim);
+      for (int64_t e0 = 0; e0 < n_max; e0 += kBlock) {
+        const int64_t n = std::min(kBlock, n_max - e0);
+        for (int64_t e = 0; e < n; ++e) {
+          const uint8_t* page = (*s.pages)[(e0 + e) / l.entries];
+          const int64_t i = (e0 + e) % l.entries;
+          LoadIndexKey(page + l.index_bodies + i * layout_.index_key.body_bytes,
+                       page + l.index_scales + i * layout_.index_key.scale_bytes, keys.data() + e * dim);
+        }
+        pool_.For(rows, [&](int64_t r) {
+          const int64_t row = s.row + r0 + r;
+          const int64_t limit = std::min((s.start + r0 + r + 1) / 4, e0 + n);
+          for (int64_t e = e0; e < limit; ++e) {
+            const float score = vec::IndexScore(q + row * heads * dim, scaled.data() + row * heads, heads,
+                                                keys.data() + (e - e0) * dim);
+            scores[r * n_max + e] = rounding_.index_score ? RoundBf16(score) : score;
+          }
+        });
+      }
+      pool_.For(rows, [&](int64_t r) {
+        std::vector<int32_t> scratch;
+        TopK(scores.data() + r * n_max, (s.start + r0 + r + 1) / 4, topk, scratch, chosen[s.row + r0 + r]);
+      });
+    }
+  }
+  for (const std::vector<int32_t>& row : chosen) {
+    selection.entries.insert(selection.entries.end(), row.begin(), row.end());
+    selection.offset.push_back(static_cast<int64_t>(selection.entries.size()));
+  }
+}
+
+void CpuOps::SparseAttention(int layer, const Pass& pass, const float* q, int heads, const float* sink,
+                             const WindowKeys& window, const Selection& selection, RopeRows rope, float* out) {
+  const int64_t dim = config_.head_dim, slots = layout_.window;
+  const LayerKind kind = layer < 0 ? LayerKind::kWindow : layout_.page_layers[layer].kind;
+  const int ratio = kind == LayerKind::kCsa ? 4 : 128;
+  const bool all = kind != LayerKind::kCsa || selection.all;
+
+  for (size_t i = 0; i < pass.sequences.size(); ++i) {
+    const SequenceRows& s = pass.sequences[i];
+    // With several rows each entry is widened once for all of them, as long as that stays small; the values are the
+    // same either way.
+    const int64_t visible = kind == LayerKind::kWindow ? 0 : (s.start + s.count) / ratio;
+    constexpr int64_t kSharedEntries = 32 << 10;
+    const bool shared = s.count > 2 && visible <= kSharedEntries;
+    static thread_local std::vector<float> widened;
+    if (shared) {
+      widened.resize(std::max<size_t>(widened.size(), visible * dim));
+      float* base = widened.data();
+      pool_.For(visible, [&](int64_t e) { LoadCompressed(s, layer, e, base + e * dim); });
+    }
+    const float* shared_entries = widened.data();
+
+    pool_.For(s.count, [&](int64_t r) {
+      const int64_t row = s.row + r, position = s.start + r;
+      OnlineAttention attention(q + row * heads * dim, heads, dim, rounding_.attention_p);
+      const float* keys[kTile];
+      for (int64_t tile = 0; tile < slots; tile += kTile) {
+        int n = 0;
+        for (int64_t j = tile; j < std::min<int64_t>(tile + kTile, slots); ++j) {
+          const int64_t p = position - (slots - 1) + j;
+          if (p >= 0) keys[n++] = window.keys.data() + (window.first[i] + p - window.first_position[i]) * dim;
+        }
+        attention.Tile(keys, n);
+      }
+      const int64_t count = kind == LayerKind::kWindow ? 0
+                            : all                      ? (position + 1) / ratio
+                                                       : selection.offset[row + 1] - selection.offset[row];
+      static thread_local std::vector<float> own;
+      if (!shared) own.resize(kTile * dim);
+      for (int64_t e0 = 0; e0 < count; e0 += kTile) {
+        const int n = static_cast<int>(std::min<int64_t>(kTile, count - e0));
+        for (int j = 0; j < n; ++j) {
+          const int64_t entry = all ? e0 + j : selection.entries[selection.offset[row] + e0 + j];
+          if (shared) {
+            keys[j] = shared_entries + entry * dim;
+          } else {
+            LoadCompressed(s, layer, entry, own.data() + j * dim);
+            keys[j] = own.data() + j * dim;
+          }
+        }
+        attention.Tile(keys, n);
+      }
+      float* o = out + row * heads * dim;
+      attention.Finish(sink, o);
+      if (rounding_.attention_out) vec::RoundBf16(o, heads * dim);
+      for (int h = 0; h < heads; ++h) RotateRow(o + h * dim, dim, rope.cos + row * 32, rope.sin + row * 32, -1);
+    });
+  }
+}
+
+}  // namespace millrace
