@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chat messages to the prompt the model was trained on.
 //
-// DeepSeek-V4 has no template language: this is the official encoder's behaviour, rule by rule, with one difference. The
-// prompt is a list of segments, and only the encoder's own literals are control tokens; text that a user wrote never is,
-// even if it spells one. PromptString gives the same string as the official encoder either way.
+// DeepSeek-V4 has no template language: this is the official encoder's behaviour, rule by rule, with one difference.
+// The prompt is a list of segments, and only the encoder's own literals are control tokens; text that a user wrote
+// never is, even if it spells one. PromptString gives the same string as the official encoder either way.
 //
 // Messages are JSON as /v1/chat/completions takes them, with the official extensions per message: `reasoning_content`,
 // `task`, `wo_eos`, `tools`, `response_format`, `content_blocks`, and the roles developer and latest_reminder.

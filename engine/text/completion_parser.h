@@ -6,8 +6,8 @@
 // of markup ever reaches a client; all deltas together do not depend on how the text was cut.
 //
 // It forgives what models do: a tool block without its blank line, without the outer tag, or before `</think>`; text
-// after a block. A parameter that claims to be JSON and is not becomes a string. What cannot be read is dropped,
-// never shown, and status() says so.
+// after a block; a stray tag in text, which is taken out. A parameter that claims to be JSON and is not becomes a
+// string. What cannot be read is dropped, never shown, and status() says so.
 //
 // Thread: one stream, one thread.
 // Source: docs/model.md, "Parsing a completion".
@@ -23,10 +23,10 @@
 namespace millrace::text {
 
 struct ToolCallDelta {
-  int index = 0;            // which call of this completion, from 0
-  bool starts = false;      // first delta of this call; `name` is set only here
+  int index = 0;        // which call of this completion, from 0
+  bool starts = false;  // first delta of this call; `name` is set only here
   std::string name;
-  std::string arguments;    // a piece of the JSON text of the arguments object
+  std::string arguments;  // a piece of the JSON text of the arguments object
   bool operator==(const ToolCallDelta&) const = default;
 };
 
@@ -38,8 +38,8 @@ struct CompletionDelta {
 };
 
 struct ParserOptions {
-  bool thinking = false;     // the prompt ended in <think>
-  bool parse_tools = true;   // false: DSML is content like any other text
+  bool thinking = false;    // the prompt ended in <think>
+  bool parse_tools = true;  // false: DSML is content like any other text
 };
 
 class CompletionParser {
@@ -60,18 +60,19 @@ class CompletionParser {
 
  private:
   enum class State {
-    kReasoning,  // up to </think> or a tool block
-    kContent,    // up to a tool block
-    kCalls,      // between calls, inside the block
-    kHeader,     // in <｜DSML｜invoke ...>
-    kParameters, // between parameters of a call
+    kReasoning,   // up to </think> or a tool block
+    kContent,     // up to a tool block
+    kCalls,       // between calls, inside the block
+    kHeader,      // in <｜DSML｜invoke ...>
+    kParameters,  // between parameters of a call
     kParameterHeader,
-    kValue,      // in a parameter's value
-    kSkip,       // after something malformed, up to the end of the block
+    kValue,  // in a parameter's value
+    kSkip,   // after something malformed, up to the end of the block
   };
 
   bool Step(CompletionDelta& out);
   bool StepText(CompletionDelta& out);
+  bool StepTag(size_t at, CompletionDelta& out);
   bool StepCalls();
   bool StepHeader(CompletionDelta& out);
   bool StepParameters(CompletionDelta& out);
@@ -84,14 +85,14 @@ class CompletionParser {
 
   ParserOptions options_;
   State state_;
-  std::string buffer_;       // text not yet decided
-  size_t scanned_ = 0;       // bytes of buffer_ known not to hold what the state looks for
+  std::string buffer_;  // text not yet decided
+  size_t scanned_ = 0;  // bytes of buffer_ known not to hold what the state looks for
   int num_calls_ = 0;
-  bool after_block_ = false; // white space after a tool block is not content
+  bool after_block_ = false;  // white space after a tool block is not content
   std::string call_name_;
   std::vector<std::string> parameters_;  // names seen in this call
   bool value_is_string_ = false;
-  bool value_is_dropped_ = false;        // a repeated name
+  bool value_is_dropped_ = false;  // a repeated name
   absl::Status status_;
 };
 

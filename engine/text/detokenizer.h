@@ -2,8 +2,8 @@
 // Token ids to text, one token at a time, never half a character.
 //
 // A token may end inside a UTF-8 character; its bytes wait for the next token. All pieces together equal
-// Tokenizer::Decode of all ids, however the stream is cut: bytes that can no longer become a character turn into U+FFFD,
-// and Finish does the same to a character that never ended.
+// Tokenizer::Decode of all ids, however the stream is cut: bytes that can no longer become a character turn into
+// U+FFFD, and Finish does the same to a character that never ended.
 //
 // Thread: one stream, one thread. The tokenizer must outlive it.
 #pragma once

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Byte-level BPE as tokenizer.json of DeepSeek-V4 describes it: text -> token ids -> bytes.
 //
-// The same ids as Hugging Face `tokenizers` for every string, which the vectors in tests/data/tokenizer prove. It is not
-// a general tokenizer: the released pre-tokeniser patterns, byte-level BPE and plain added tokens are all it accepts,
-// and anything else in the file is refused by name. Chat markup is chat_encoding.h's, turning a stream of ids back into
-// text is detokenizer.h's.
+// The same ids as Hugging Face `tokenizers` for every string, which the vectors in tests/data/tokenizer prove. It is
+// not a general tokenizer: the released pre-tokeniser patterns, byte-level BPE and plain added tokens are all it
+// accepts, and anything else in the file is refused by name. Chat markup is chat_encoding.h's, turning a stream of ids
+// back into text is detokenizer.h's.
 //
 // Time is O(n log n) on any input: the patterns are fixed and cannot backtrack over more than one run, and merging uses
 // a heap over a linked list.
@@ -33,9 +33,9 @@ enum class SpecialTokens {
 
 // What one Encode call did. For tests that prove growth by counting instead of by the clock.
 struct EncodeWork {
-  int64_t regex_matches = 0;   // calls into PCRE2
-  int64_t regex_bytes = 0;     // bytes from where a call started to the end of its match
-  int64_t merge_steps = 0;     // heap pops and linear scans while merging
+  int64_t regex_matches = 0;  // calls into PCRE2
+  int64_t regex_bytes = 0;    // bytes from where a call started to the end of its match
+  int64_t merge_steps = 0;    // heap pops and linear scans while merging
 };
 
 class Tokenizer {
