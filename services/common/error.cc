@@ -73,8 +73,8 @@ std::string_view DefaultMessage(absl::StatusCode code) {
 
 }  // namespace
 
-absl::Status MakeError(absl::StatusCode status_code, std::string_view message, ApiError error) {
-  absl::Status status(status_code, absl::string_view(message.data(), message.size()));
+absl::Status MakeError(absl::StatusCode status_code, absl::string_view message, ApiError error) {
+  absl::Status status(status_code, message);
   nlohmann::json payload = {{"code", error.code}};
   if (!error.param.empty()) payload["param"] = error.param;
   if (error.http_status != 0) payload["http_status"] = error.http_status;
@@ -84,7 +84,7 @@ absl::Status MakeError(absl::StatusCode status_code, std::string_view message, A
   return status;
 }
 
-absl::Status InvalidRequest(std::string_view code, std::string_view param, std::string_view message) {
+absl::Status InvalidRequest(std::string_view code, std::string_view param, absl::string_view message) {
   return MakeError(absl::StatusCode::kInvalidArgument, message,
                    {.code = std::string(code), .param = std::string(param)});
 }

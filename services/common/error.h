@@ -15,6 +15,7 @@
 #include <string_view>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 
 namespace millrace {
 
@@ -26,10 +27,10 @@ struct ApiError {
 };
 
 // A status with its ApiError. `message` goes to the caller as it is.
-absl::Status MakeError(absl::StatusCode status_code, std::string_view message, ApiError error);
+absl::Status MakeError(absl::StatusCode status_code, absl::string_view message, ApiError error);
 
 // The common case: the caller sent something wrong.
-absl::Status InvalidRequest(std::string_view code, std::string_view param, std::string_view message);
+absl::Status InvalidRequest(std::string_view code, std::string_view param, absl::string_view message);
 
 // The ApiError of a status, or nothing if it carries none.
 std::optional<ApiError> GetApiError(const absl::Status& status);
