@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -38,7 +39,8 @@ struct HostTensor {
 class MappedFile;  // engine/model/mapped_file.h
 class ScopedFd;
 
-// One safetensors file, every rule of the format checked (offsets tile the buffer, sizes multiply without overflow ...).
+// One safetensors file, every rule of the format checked (offsets tile the buffer, sizes multiply without overflow
+// ...).
 class SafetensorsFile {
  public:
   // Symlinks are followed: the user named this file. Zero-size tensors are allowed here, never in a Checkpoint.
@@ -48,7 +50,7 @@ class SafetensorsFile {
   SafetensorsFile& operator=(const SafetensorsFile&) = delete;
 
   const std::vector<std::string>& names() const { return names_; }  // in file order
-  const HostTensor* Find(std::string_view name) const;               // null if absent
+  const HostTensor* Find(std::string_view name) const;              // null if absent
 
  private:
   SafetensorsFile();
@@ -67,17 +69,21 @@ class SafetensorsFile {
 struct TensorSpec {
   std::string name;
   std::vector<int64_t> shape;
-  DType dtype;           // of the released layout; kPlain checkpoints may hold BF16 or F32 instead
-  bool quantised;        // kPlain checkpoints have it as BF16/F32 with the unpacked shape and without `.scale`
-  int layer = -1;        // backbone layer, -1 top level, L for MTP
-  int expert = -1;       // routed expert id or -1
+  DType dtype;      // of the released layout; kPlain checkpoints may hold BF16 or F32 instead
+  bool quantised;   // kPlain checkpoints have it as BF16/F32 with the unpacked shape and without `.scale`
+  int layer = -1;   // backbone layer, -1 top level, L for MTP
+  int expert = -1;  // routed expert id or -1
 };
 
 // Every tensor a checkpoint of this configuration must hold (spec: docs/model.md, "Checkpoint"), in a fixed order.
 std::vector<TensorSpec> TensorInventory(const ModelConfig& config);
 
 struct CheckpointOptions {
-  bool verify_finite = false;  // scan every float tensor for NaN and Inf, not only the small ones
+  // Scan every tensor for NaN and Inf. Without it: everything in checkpoints below 1 GiB, in larger ones the tensors
+  // outside the routed experts of at most 16 MiB (norms, gates, scales), so that a start reads no weights twice.
+  bool verify_finite = false;
+  // If the directory has a manifest.json (checkpoint_manifest.h), hash every tensor and compare. Reads all bytes.
+  bool verify_manifest = true;
   // Called now and then while shards are opened and scanned: bytes done, bytes in all.
   std::function<void(int64_t, int64_t)> progress;
 };
@@ -93,14 +99,18 @@ class Checkpoint {
   // CHECK-fails on a name that TensorInventory(config()) does not list.
   const HostTensor& Get(std::string_view name) const;
   int64_t total_bytes() const { return total_bytes_; }
-  // Hex XXH3-128 over names, dtypes, shapes and data: computed on demand, cached; part of the compatibility hash.
+  // Hex XXH3-128 over names, dtypes, shapes and data of the inventory's tensors: reads every byte on the first call (or
+  // at Open if a manifest was verified), then cached; part of the compatibility hash.
   const std::string& ContentHash() const;
 
  private:
   ModelConfig config_;
   std::vector<std::unique_ptr<SafetensorsFile>> shards_;
   absl::flat_hash_map<std::string, const HostTensor*> tensors_;
+  // Tensor -> hex XXH3-128 of its bytes, filled if Open had to compute them.
+  absl::flat_hash_map<std::string, std::string> tensor_hashes_;
   int64_t total_bytes_ = 0;
+  mutable std::once_flag content_hash_once_;
   mutable std::string content_hash_;
 };
 

@@ -45,8 +45,8 @@ struct ModelConfig {
   int index_n_heads = 0;
   int index_head_dim = 0;  // 128
   int index_topk = 0;
-  int n_routed_experts = 0;     // E
-  int num_experts_per_tok = 0;  // top-k of the gate
+  int n_routed_experts = 0;       // E
+  int num_experts_per_tok = 0;    // top-k of the gate
   int moe_intermediate_size = 0;  // I, routed and shared
   int num_hash_layers = 0;        // layers 0 .. n-1 route by token id
   double routed_scaling_factor = 1;
