@@ -109,7 +109,13 @@ struct TransportOptions {
   // absl::InfiniteDuration() never sleeps.
   absl::Duration spin = absl::Microseconds(50);
   absl::Duration connect_timeout = absl::Seconds(3);
+  // A thread that waits in WaitFor is expected to wait again soon: for so long after it, its own sends do not wake the
+  // transport thread, which they would only race. Other threads' sends are not affected.
+  absl::Duration linger = absl::Microseconds(200);
   MemoryFunctions memory = HostMemoryFunctions();
+  // One line at a time, on the transport thread: lanes of a new connection, errors nobody else can report. Null:
+  // stderr.
+  std::function<void(absl::string_view)> log;
 };
 
 struct TransportStatistics {
