@@ -321,7 +321,9 @@ bool CachePool::EndTransfer(TransferId transfer) {
 
 TransferId CachePool::Quarantine(SequenceReservation reservation, PeerId peer) {
   CHECK(!reservation.empty(), "an empty reservation has nothing to quarantine");
-  return BeginTransfer(peer, reservation.block_table(), reservation.slot());  // the reservation goes on return
+  const TransferId transfer = BeginTransfer(peer, reservation.block_table(), reservation.slot());
+  reservation.Release();
+  return transfer;
 }
 
 int64_t CachePool::Fence(PeerId peer) {

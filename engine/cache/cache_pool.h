@@ -106,8 +106,9 @@ class UnitTable {
  public:
   UnitTable(std::string name, int64_t size);
 
-  // Takes `count` free units and gives each its first claim: the smallest run they fit in (of equals the first), after
-  // `hint` if that many are free right there, and else as few runs as there are. CHECKs that enough are free.
+  // Takes `count` free units and gives each its first claim: from `hint` on if that many are free right there; else
+  // from the smallest run they fit in (of equals the first); else from as few runs as there are. CHECKs that enough are
+  // free.
   std::vector<int32_t> Take(int64_t count, Claim claim, int32_t hint = -1);
   void Share(int32_t unit, Claim claim);  // one more claim to a unit that has an owner
   void Drop(int32_t unit, Claim claim);

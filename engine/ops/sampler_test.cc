@@ -175,7 +175,7 @@ TEST(Sampler, DrawsAreAFunctionOfSeedChoiceAndIndexAlone) {
 }
 
 TEST(Sampler, UniformRowIsDrawnUniformly) {
-  for (size_t size : {2, 10, 1025}) {
+  for (size_t size : {2, 10, 257}) {
     SamplingRequest request;
     request.params.seed = 11;
     const std::vector<int> counts = Histogram(std::vector<float>(size, -3.5f), request, 200 * static_cast<int>(size));
@@ -218,7 +218,7 @@ TEST(Sampler, BigRowsAreCutWhereSortingWouldCut) {
     p.min_p = seed % 4 == 3 ? 0.3f : 0.0f;
     p.seed = seed;
     const std::vector<double> expected = SlowDistribution(logits, p);
-    for (int i = 0; i < 400; ++i) {
+    for (int i = 0; i < 100; ++i) {
       request.token_index = i;
       const SampledToken token = Sample(logits, request);
       ASSERT_GT(expected[token.id], 0) << "seed " << seed << " id " << token.id;
