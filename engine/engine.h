@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -43,8 +44,7 @@ struct EngineOptions {
   int max_batch_tokens = 512;      // most rows of one Forward; longer prompts are the caller's to cut
   int num_threads = 1;
   bool mtp = false;                // keep the MTP window and compute MTP logits on request
-  Rounding rounding;               // filled from `numerics` by Create unless `rounding_override` is set (tests only)
-  bool rounding_override = false;
+  std::optional<Rounding> rounding;  // tests only: single rounding points off; Rounding::For(numerics) otherwise
   // Where routed experts run. Null: all experts are loaded and run here. Not owned; must outlive the engine.
   ExpertExchange* exchange = nullptr;
   // Bytes of weights prepared so far and in all; called from Create's thread.

@@ -6,13 +6,12 @@
 // Tests switch single points off to prove that the suite notices.
 #pragma once
 
-#include <string_view>
 
 namespace millrace {
 
 enum class Numerics { kExact, kRelease };
 
-inline std::string_view NumericsName(Numerics n) { return n == Numerics::kExact ? "exact" : "release"; }
+inline const char* NumericsName(Numerics n) { return n == Numerics::kExact ? "exact" : "release"; }
 
 struct Rounding {
   bool activation_quant = false;  // FP8 activations, groups of 128, before FP8 and FP4 linears

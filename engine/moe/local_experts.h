@@ -7,6 +7,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -19,7 +20,7 @@ namespace millrace {
 
 struct LocalExpertsOptions {
   Numerics numerics = Numerics::kRelease;
-  Rounding rounding;  // Rounding::For(numerics) unless a test changes it
+  std::optional<Rounding> rounding;  // tests only; Rounding::For(numerics) otherwise
   // Experts to load, the same set in every layer (MTP included if `mtp`). Empty: all.
   std::vector<int> experts;
   bool mtp = false;

@@ -270,7 +270,6 @@ HWY_EXPORT(AbsMax);
 
 void MatMul(const PackedLinear& w, const ActivationRows& x, int64_t m, float* out, int64_t out_ld, ThreadPool& pool) {
   if (m == 0) return;
-  const auto product = HWY_DYNAMIC_POINTER(PanelProductAny);
   // Rows go through in strips that keep the activations in cache; the split changes no sum.
   constexpr int64_t kRowStrip = 96;
   const int64_t panels = w.num_panels(), strips = (m + kRowStrip - 1) / kRowStrip;
@@ -279,18 +278,16 @@ void MatMul(const PackedLinear& w, const ActivationRows& x, int64_t m, float* ou
     ActivationRows part = x;
     part.values += row * x.ld;
     if (part.scales != nullptr) part.scales += row * x.scales_ld;
-    product(w, panel, part, std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
+    HWY_DYNAMIC_DISPATCH(PanelProductAny)(w, panel, part, std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
   });
 }
 
 void QuantiseActivations(const float* x, int64_t k, int group, float* codes, float* scales) {
-  const auto quantise = HWY_DYNAMIC_POINTER(QuantiseGroup);
-  const auto abs_max = HWY_DYNAMIC_POINTER(AbsMax);
   for (int64_t i = 0; i < k; i += group) {
     const int64_t n = std::min<int64_t>(group, k - i);
-    const int exponent = ActQuantScale(abs_max(x + i, n));
+    const int exponent = ActQuantScale(HWY_DYNAMIC_DISPATCH(AbsMax)(x + i, n));
     scales[i / group] = PowerOfTwo(exponent);
-    quantise(x + i, n, PowerOfTwo(-exponent), codes + i);
+    HWY_DYNAMIC_DISPATCH(QuantiseGroup)(x + i, n, PowerOfTwo(-exponent), codes + i);
   }
 }
 
