@@ -49,6 +49,10 @@ constexpr unsigned kAmId = 1;
 constexpr int kMaxProgressRounds = 64;
 // A message occupies the wire with its header too; without this, endless empty messages would cost nothing.
 constexpr size_t kMessageCost = 1024;
+// UCX up to at least 1.13 asserts if a connection dies while its answer to a handshake is still queued. A handshake takes
+// about a millisecond; our own closes wait for it, so that two healthy processes never do that to each other.
+constexpr absl::Duration kHandshakePoll = absl::Milliseconds(2);
+constexpr absl::Duration kHandshakeGrace = absl::Milliseconds(500);
 // After a forced close UCX completes what was outstanding within milliseconds. If it does not, we say so and keep the
 // memory: it is not safe to give it back.
 constexpr absl::Duration kCloseWarning = absl::Seconds(5);
@@ -169,6 +173,7 @@ class UcxTransport final : public Transport, private Driver::Engine {
   void BecomeReady(const std::shared_ptr<Peer>& peer, uint64_t remote_token);
   void MarkFailed(const std::shared_ptr<Peer>& peer, absl::Status why);
   void BeginClose(const std::shared_ptr<Peer>& peer);
+  void DisconnectWhenSettled(const std::shared_ptr<Peer>& peer);
   void Retire(Peer& peer);
   std::string Lanes(const Peer& peer) const;
 
@@ -227,6 +232,7 @@ class UcxTransport final : public Transport, private Driver::Engine {
   uint64_t next_id_ = 0;                                                 // guarded by mu_
   bool closed_ = false;                                                  // guarded by mu_
   std::atomic<bool> all_closed_{false};
+  std::atomic<int> connecting_{0};  // peers whose handshake runs
 
   Driver driver_;  // last: its thread uses all of the above
 };
@@ -244,8 +250,8 @@ absl::Status UcxTransport::Start() {
   ucp_config_t* config = nullptr;
   RETURN_IF_ERROR(ToStatus(ucp_config_read(nullptr, nullptr, &config), "reading UCX's configuration"));
   ApplyDefault(config, "KEEPALIVE_INTERVAL", "1s");
-  ApplyDefault(config, "TCP_KEEPIDLE", "2s");
-  ApplyDefault(config, "TCP_KEEPINTVL", "1s");
+  ApplyDefault(config, "KEEPIDLE", "2s");
+  ApplyDefault(config, "KEEPINTVL", "1s");
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
@@ -327,6 +333,7 @@ std::shared_ptr<Peer> UcxTransport::AddPeerLocked(const internal::ParsedAddress&
     peer->token = random_();
   } while (peer->token == 0);
   peer->address = std::string(address);
+  ++connecting_;
   peers_[peer->id.value] = peer;
   by_incarnation_[peer->incarnation] = peer;
   return peer;
@@ -428,6 +435,7 @@ void UcxTransport::BecomeReady(const std::shared_ptr<Peer>& peer, uint64_t remot
   peer->remote_token = remote_token;
   if (peer->state != Peer::State::kConnecting) return;
   peer->state = Peer::State::kReady;
+  --connecting_;
   peer->was_ready = true;
   pump_ = true;
   counters_.PeerConnected();
@@ -469,6 +477,7 @@ void UcxTransport::MarkFailed(const std::shared_ptr<Peer>& peer, absl::Status wh
 }
 
 void UcxTransport::BeginClose(const std::shared_ptr<Peer>& peer) {
+  if (peer->state == Peer::State::kConnecting) --connecting_;
   peer->state = Peer::State::kClosing;
   peer->gone = true;
   by_token_.erase(peer->token);
@@ -550,8 +559,15 @@ void UcxTransport::Disconnect(PeerId peer_id, Task fenced) {
       return;
     }
     peer->fenced.push_back(std::move(fenced));
-    MarkFailed(peer, absl::CancelledError("disconnected by us"));
+    DisconnectWhenSettled(peer);
   });
+}
+
+// The connect timeout fails a peer that does not settle.
+void UcxTransport::DisconnectWhenSettled(const std::shared_ptr<Peer>& peer) {
+  if (peer->state == Peer::State::kConnecting && !peer->failing)
+    return driver_.RunAfter(kHandshakePoll, [this, peer] { DisconnectWhenSettled(peer); });
+  MarkFailed(peer, absl::CancelledError("disconnected by us"));
 }
 
 // ---- messages that go ----
@@ -837,6 +853,7 @@ void UcxTransport::Close() {
     if (std::exchange(closed_, true)) return;
   }
   if (worker_fd_ >= 0) {
+    (void)driver_.WaitFor([this] { return connecting_ == 0; }, kHandshakeGrace);
     driver_.Post([this] {
       std::vector<std::shared_ptr<Peer>> all;
       {
