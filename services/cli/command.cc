@@ -17,7 +17,7 @@
 
 namespace millrace::cli {
 
-int Fail(std::string_view command, int exit_code, std::string_view message) {
+int Fail(absl::string_view command, int exit_code, absl::string_view message) {
   // One line whatever the message holds: scripts and people read the last line of standard error.
   const std::string line = absl::StrReplaceAll(absl::StripAsciiWhitespace(message), {{"\n", " "}, {"\r", " "}});
   const bool colour = IsTerminal(STDERR_FILENO);
@@ -26,7 +26,7 @@ int Fail(std::string_view command, int exit_code, std::string_view message) {
   return exit_code;
 }
 
-bool ParseOrExplain(Flags& flags, std::string_view command, Arguments arguments, int* exit_code) {
+bool ParseOrExplain(Flags& flags, absl::string_view command, Arguments arguments, int* exit_code) {
   if (absl::Status status = flags.Parse(arguments); !status.ok()) {
     *exit_code = Fail(command, kExitUsage, status);
     return false;

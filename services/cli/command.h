@@ -7,9 +7,10 @@
 #pragma once
 
 #include <string>
-#include <string_view>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "services/cli/flags.h"
 
@@ -26,13 +27,13 @@ inline constexpr int kExitCantCreate = 73;     // an output could not be written
 inline constexpr int kExitConfig = 78;         // the configuration document
 inline constexpr int kExitInterrupted = 130;   // Ctrl-C
 
-using Arguments = absl::Span<const std::string_view>;
+using Arguments = absl::Span<const absl::string_view>;
 
 struct Command {
-  std::string_view name;
-  std::string_view summary;
+  absl::string_view name;
+  absl::string_view summary;
   int (*run)(Arguments);
-  std::string_view group;
+  absl::string_view group;
 };
 
 int RunUp(Arguments);
@@ -50,18 +51,18 @@ int RunInspect(Arguments);
 int RunVersion(Arguments);
 
 // Prints "millrace run: message" as one line on standard error and returns `exit_code`.
-int Fail(std::string_view command, int exit_code, std::string_view message);
-inline int Fail(std::string_view command, int exit_code, const absl::Status& status) {
+int Fail(absl::string_view command, int exit_code, absl::string_view message);
+inline int Fail(absl::string_view command, int exit_code, const absl::Status& status) {
   return Fail(command, exit_code, status.message());
 }
 
 // Parses, or prints help or the error. True: go on. False: return *exit_code.
-bool ParseOrExplain(Flags& flags, std::string_view command, Arguments arguments, int* exit_code);
+bool ParseOrExplain(Flags& flags, absl::string_view command, Arguments arguments, int* exit_code);
 
 // Whole file as a string; "-" is standard input. NotFound names the path; refuses more than `max_bytes`.
 absl::StatusOr<std::string> ReadInput(const std::string& path, int64_t max_bytes = int64_t{64} << 20);
 
-// JSON as the command line prints it: UTF-8 kept, invalid bytes as U+FFFD.
+// "millrace 0.1.0".
 std::string VersionLine();
 
 }  // namespace millrace::cli

@@ -18,12 +18,12 @@ namespace millrace::cli {
 namespace {
 
 // What the user typed, fit for an error line: escaped and at most 64 bytes.
-std::string Quoted(std::string_view text) {
-  const std::string_view head = text.substr(0, 64);
+std::string Quoted(absl::string_view text) {
+  const absl::string_view head = text.substr(0, 64);
   return absl::StrCat("\"", absl::Utf8SafeCHexEscape(std::string(head)), text.size() > 64 ? "..." : "", "\"");
 }
 
-size_t EditDistance(std::string_view a, std::string_view b) {
+size_t EditDistance(absl::string_view a, absl::string_view b) {
   std::vector<size_t> row(b.size() + 1);
   for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
   for (size_t i = 1; i <= a.size(); ++i) {
@@ -39,10 +39,10 @@ size_t EditDistance(std::string_view a, std::string_view b) {
 }
 
 // Appends `text` to `out`, wrapped at `width` with `indent` spaces before every line but the first.
-void AppendWrapped(std::string& out, std::string_view text, size_t indent, size_t width) {
+void AppendWrapped(std::string& out, absl::string_view text, size_t indent, size_t width) {
   size_t column = indent;
   bool first = true;
-  for (std::string_view word : absl::StrSplit(text, ' ', absl::SkipEmpty())) {
+  for (absl::string_view word : absl::StrSplit(text, ' ', absl::SkipEmpty())) {
     if (!first && column + 1 + word.size() > width) {
       absl::StrAppend(&out, "\n", std::string(indent, ' '));
       column = indent;
@@ -74,7 +74,7 @@ Flags::Flag& Flags::Add(std::string name, std::string placeholder, std::string h
 }
 
 void Flags::String(std::string name, std::string* value, std::string placeholder, std::string help) {
-  Add(std::move(name), std::move(placeholder), std::move(help), *value).set = [value](std::string_view text) {
+  Add(std::move(name), std::move(placeholder), std::move(help), *value).set = [value](absl::string_view text) {
     *value = std::string(text);
     return absl::OkStatus();
   };
@@ -83,7 +83,7 @@ void Flags::String(std::string name, std::string* value, std::string placeholder
 void Flags::Repeated(std::string name, std::vector<std::string>* values, std::string placeholder, std::string help) {
   Flag& flag = Add(std::move(name), std::move(placeholder), std::move(help), absl::StrJoin(*values, ","));
   flag.repeated = true;
-  flag.set = [values](std::string_view text) {
+  flag.set = [values](absl::string_view text) {
     values->emplace_back(text);
     return absl::OkStatus();
   };
@@ -91,7 +91,7 @@ void Flags::Repeated(std::string name, std::vector<std::string>* values, std::st
 
 void Flags::Int(std::string name, int64_t* value, int64_t min, int64_t max, std::string help) {
   const std::string shown = absl::StrCat("--", name);
-  Add(std::move(name), "N", std::move(help), absl::StrCat(*value)).set = [=](std::string_view text) {
+  Add(std::move(name), "N", std::move(help), absl::StrCat(*value)).set = [=](absl::string_view text) {
     int64_t parsed = 0;
     if (!absl::SimpleAtoi(text, &parsed) || parsed < min || parsed > max) {
       const std::string range = max == std::numeric_limits<int64_t>::max()
@@ -106,7 +106,7 @@ void Flags::Int(std::string name, int64_t* value, int64_t min, int64_t max, std:
 
 void Flags::Double(std::string name, double* value, double min, double max, std::string help) {
   const std::string shown = absl::StrCat("--", name);
-  Add(std::move(name), "X", std::move(help), absl::StrCat(*value)).set = [=](std::string_view text) {
+  Add(std::move(name), "X", std::move(help), absl::StrCat(*value)).set = [=](absl::string_view text) {
     double parsed = 0;
     if (!absl::SimpleAtod(text, &parsed) || !std::isfinite(parsed) || parsed < min || parsed > max) {
       return absl::InvalidArgumentError(
@@ -121,7 +121,7 @@ void Flags::Bool(std::string name, bool* value, std::string help) {
   const std::string shown = absl::StrCat("--", name);
   Flag& flag = Add(std::move(name), "", std::move(help), *value ? "true" : "");
   flag.is_bool = true;
-  flag.set = [=](std::string_view text) {
+  flag.set = [=](absl::string_view text) {
     bool parsed = false;
     if (!absl::SimpleAtob(text, &parsed)) {
       return absl::InvalidArgumentError(absl::StrCat(shown, ": found ", Quoted(text), ", expected true or false"));
@@ -134,7 +134,7 @@ void Flags::Bool(std::string name, bool* value, std::string help) {
 void Flags::Enum(std::string name, std::string* value, std::vector<std::string> allowed, std::string help) {
   const std::string shown = absl::StrCat("--", name);
   const std::string placeholder = absl::StrJoin(allowed, "|");
-  Add(std::move(name), placeholder, std::move(help), *value).set = [=](std::string_view text) {
+  Add(std::move(name), placeholder, std::move(help), *value).set = [=](absl::string_view text) {
     if (std::find(allowed.begin(), allowed.end(), text) == allowed.end()) {
       return absl::InvalidArgumentError(
           absl::StrCat(shown, ": found ", Quoted(text), ", expected one of ", absl::StrJoin(allowed, ", ")));
@@ -144,28 +144,28 @@ void Flags::Enum(std::string name, std::string* value, std::vector<std::string> 
   };
 }
 
-void Flags::Hidden(std::string_view name) {
+void Flags::Hidden(absl::string_view name) {
   Flag* flag = Find(name);
   CHECK(flag != nullptr, absl::StrCat("flag --", name, " is not declared"));
   flag->hidden = true;
 }
 
-Flags::Flag* Flags::Find(std::string_view name) {
+Flags::Flag* Flags::Find(absl::string_view name) {
   for (Flag& flag : flags_) {
     if (flag.name == name) return &flag;
   }
   return nullptr;
 }
 
-bool Flags::Given(std::string_view name) const {
+bool Flags::Given(absl::string_view name) const {
   for (const Flag& flag : flags_) {
     if (flag.name == name) return flag.given;
   }
   return false;
 }
 
-absl::Status Flags::Parse(absl::Span<const std::string_view> arguments) {
-  for (std::string_view argument : arguments) {
+absl::Status Flags::Parse(absl::Span<const absl::string_view> arguments) {
+  for (absl::string_view argument : arguments) {
     if (argument == "--") break;
     if (argument == "--help" || argument == "-h") {
       help_requested_ = true;
@@ -175,7 +175,7 @@ absl::Status Flags::Parse(absl::Span<const std::string_view> arguments) {
   size_t next_argument = 0;
   bool flags_over = false;
   for (size_t i = 0; i < arguments.size(); ++i) {
-    const std::string_view argument = arguments[i];
+    const absl::string_view argument = arguments[i];
     if (!flags_over && argument == "--") {
       flags_over = true;
     } else if (!flags_over && argument.size() > 1 && argument[0] == '-') {
@@ -193,13 +193,13 @@ absl::Status Flags::Parse(absl::Span<const std::string_view> arguments) {
   return absl::OkStatus();
 }
 
-absl::Status Flags::ParseFlag(absl::Span<const std::string_view> arguments, size_t& i) {
-  std::string_view name = arguments[i];
+absl::Status Flags::ParseFlag(absl::Span<const absl::string_view> arguments, size_t& i) {
+  absl::string_view name = arguments[i];
   if (name.substr(0, 2) != "--") return Unknown(name);
   name.remove_prefix(2);
-  std::string_view value;
+  absl::string_view value;
   bool has_value = false;
-  if (const size_t equals = name.find('='); equals != std::string_view::npos) {
+  if (const size_t equals = name.find('='); equals != absl::string_view::npos) {
     value = name.substr(equals + 1);
     name = name.substr(0, equals);
     has_value = true;
@@ -228,8 +228,8 @@ absl::Status Flags::ParseFlag(absl::Span<const std::string_view> arguments, size
   return flag->set(value);
 }
 
-absl::Status Flags::Unknown(std::string_view name) const {
-  std::string_view bare = name;
+absl::Status Flags::Unknown(absl::string_view name) const {
+  absl::string_view bare = name;
   while (!bare.empty() && bare[0] == '-') bare.remove_prefix(1);
   const Flag* nearest = nullptr;
   size_t best = bare.size() / 3 + 1;  // more edits than that is another word

@@ -12,10 +12,10 @@
 #include <cstdint>
 #include <functional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 
 namespace millrace::cli {
@@ -36,14 +36,14 @@ class Flags {
   void Bool(std::string name, bool* value, std::string help);
   void Enum(std::string name, std::string* value, std::vector<std::string> allowed, std::string help);
   // For tests and scripts: accepted, not listed by --help.
-  void Hidden(std::string_view name);
+  void Hidden(absl::string_view name);
 
   // InvalidArgument with one line that names the flag, what was given and what is allowed. When --help was asked for
   // nothing is required and help_requested() is true.
-  absl::Status Parse(absl::Span<const std::string_view> arguments);
+  absl::Status Parse(absl::Span<const absl::string_view> arguments);
   bool help_requested() const { return help_requested_; }
   // Whether the flag was on the command line (not its default).
-  bool Given(std::string_view name) const;
+  bool Given(absl::string_view name) const;
 
   std::string Help(int width = 100) const;
   std::string Usage() const;  // one line
@@ -52,7 +52,7 @@ class Flags {
   struct Flag {
     std::string name, placeholder, help, default_text;
     bool is_bool = false, repeated = false, hidden = false, given = false;
-    std::function<absl::Status(std::string_view)> set;
+    std::function<absl::Status(absl::string_view)> set;
   };
   struct Argument {
     std::string name, help;
@@ -60,9 +60,9 @@ class Flags {
     bool required;
   };
   Flag& Add(std::string name, std::string placeholder, std::string help, std::string default_text);
-  Flag* Find(std::string_view name);
-  absl::Status ParseFlag(absl::Span<const std::string_view> arguments, size_t& i);
-  absl::Status Unknown(std::string_view name) const;
+  Flag* Find(absl::string_view name);
+  absl::Status ParseFlag(absl::Span<const absl::string_view> arguments, size_t& i);
+  absl::Status Unknown(absl::string_view name) const;
 
   std::string command_, summary_, text_;
   std::vector<Flag> flags_;

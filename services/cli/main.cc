@@ -6,17 +6,17 @@
 #include <cstdio>
 #include <exception>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "absl/strings/string_view.h"
 #include "services/cli/command.h"
 
 namespace millrace::cli {
 namespace {
 
-constexpr std::string_view kCluster = "Serve";
-constexpr std::string_view kLocal = "One process, no cluster";
-constexpr std::string_view kTools = "Look and check";
+constexpr absl::string_view kCluster = "Serve";
+constexpr absl::string_view kLocal = "One process, no cluster";
+constexpr absl::string_view kTools = "Look and check";
 
 constexpr Command kCommands[] = {
     {"up", "start the local cluster that a configuration describes", RunUp, kCluster},
@@ -39,7 +39,7 @@ void PrintHelp(std::FILE* out) {
       "millrace serves DeepSeek-V4 models from a cluster of processes: a router, prefill and decode workers, experts.\n"
       "\nUsage: millrace COMMAND [arguments]        millrace COMMAND --help explains one\n",
       out);
-  std::string_view group;
+  absl::string_view group;
   for (const Command& command : kCommands) {
     if (command.group != group) std::fprintf(out, "\n%s:\n", std::string(command.group).c_str());
     group = command.group;
@@ -54,18 +54,18 @@ void PrintHelp(std::FILE* out) {
 
 int Main(int argc, char** argv) {
   std::signal(SIGPIPE, SIG_IGN);  // a closed pipe or socket is an error return, not the end of the process
-  const std::vector<std::string_view> arguments(argv + 1, argv + argc);
+  const std::vector<absl::string_view> arguments(argv + 1, argv + argc);
   if (arguments.empty()) {
     PrintHelp(stderr);
     return kExitUsage;
   }
-  const std::string_view name = arguments[0];
+  const absl::string_view name = arguments[0];
   if (name == "--help" || name == "-h" || name == "help") {
     if (arguments.size() < 2) {
       PrintHelp(stdout);
       return kExitOk;
     }
-    const std::string_view help[] = {"--help"};
+    const std::vector<absl::string_view> help = {"--help"};
     for (const Command& command : kCommands) {
       if (command.name == arguments[1]) return command.run(help);
     }

@@ -57,7 +57,7 @@ std::string Bar(double fraction, int width) {
   return bar;
 }
 
-std::string ProgressLine(std::string_view label, int64_t done, int64_t total, double elapsed_seconds, int width) {
+std::string ProgressLine(absl::string_view label, int64_t done, int64_t total, double elapsed_seconds, int width) {
   const double fraction = total > 0 ? static_cast<double>(done) / static_cast<double>(total) : 0;
   const double rate = elapsed_seconds > 0 ? static_cast<double>(done) / elapsed_seconds : 0;
   std::string tail = absl::StrCat(HumanBytes(done), " of ", HumanBytes(total));

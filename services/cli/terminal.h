@@ -9,7 +9,8 @@
 #include <cstdint>
 #include <mutex>
 #include <string>
-#include <string_view>
+
+#include "absl/strings/string_view.h"
 
 namespace millrace::cli {
 
@@ -50,6 +51,6 @@ class Progress {
 };
 
 // "label  ████░░░░  12.1 / 19.6 MiB  310 MiB/s  0.2 s left": also what `up` shows for each role.
-std::string ProgressLine(std::string_view label, int64_t done, int64_t total, double elapsed_seconds, int width);
+std::string ProgressLine(absl::string_view label, int64_t done, int64_t total, double elapsed_seconds, int width);
 
 }  // namespace millrace::cli

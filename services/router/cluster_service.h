@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gRPC end of membership: one reactor per Join stream, between the worker and the registry's loop.
+//
+// It carries messages and notices the end of streams; what they mean is worker_registry. Thread: gRPC's for callbacks,
+// which post to the loop and return.
+#pragma once
+
+#include "millrace/v1/cluster.grpc.pb.h"
+#include "services/router/event_loop.h"
+#include "services/router/worker_registry.h"
+
+namespace millrace::router {
+
+class ClusterService final : public v1::Cluster::CallbackService {
+ public:
+  // Both must outlive the server that this service is registered with.
+  ClusterService(EventLoop& loop, WorkerRegistry& registry) : loop_(loop), registry_(registry) {}
+
+  grpc::ServerBidiReactor<v1::WorkerMessage, v1::RouterMessage>* Join(grpc::CallbackServerContext* context) override;
+
+ private:
+  EventLoop& loop_;
+  WorkerRegistry& registry_;
+};
+
+}  // namespace millrace::router

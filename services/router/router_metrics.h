@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the router counts about generations and workers. The HTTP front's own counts are services/common/metrics.
+//
+// Labels come from closed sets. Thread: Prometheus' types are thread-safe; SetWorkers is the loop's.
+#pragma once
+
+#include <prometheus/counter.h>
+#include <prometheus/family.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+
+#include <string_view>
+
+#include "services/router/cluster_snapshot.h"
+
+namespace millrace::router {
+
+class FlowMetrics {
+ public:
+  // The registry must outlive this object.
+  explicit FlowMetrics(prometheus::Registry& registry);
+
+  void CountEnd(std::string_view outcome);   // "stop", "length", or the word of a status code: "unavailable"
+  void CountRefusal(std::string_view code);  // never entered the cluster; the ApiError's code
+  void CountHandoff(int64_t bytes, int64_t resent_extents, double seconds);
+  void SetWorkers(const ClusterSnapshot& snapshot, std::chrono::steady_clock::time_point now);
+
+ private:
+  prometheus::Family<prometheus::Counter>& ends_;
+  prometheus::Family<prometheus::Counter>& refusals_;
+  prometheus::Family<prometheus::Gauge>& workers_;
+  prometheus::Counter& handoff_bytes_;
+  prometheus::Counter& handoff_resent_;
+  prometheus::Histogram& handoff_seconds_;
+
+ public:
+  prometheus::Gauge& generations_open;
+  prometheus::Gauge& generations_queued;
+  prometheus::Gauge& attempts_open;  // not yet confirmed gone at both workers; 0 when idle, or something leaks
+  prometheus::Histogram& queue_seconds;
+  prometheus::Histogram& prefill_seconds;
+  prometheus::Counter& requeues;
+  prometheus::Counter& tokens;
+  prometheus::Counter& tokens_repeated;    // dropped because they were forwarded before
+  prometheus::Counter& aborts_unanswered;  // given up; the lease's end has freed the memory
+  prometheus::Counter& worker_joins;
+  prometheus::Counter& worker_deaths;
+};
+
+}  // namespace millrace::router
