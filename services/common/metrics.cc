@@ -62,6 +62,9 @@ HttpMetrics::HttpMetrics(prometheus::Registry& registry, const std::string& mode
       slow_consumers_(Family(prometheus::BuildCounter(), "millrace_slow_consumers_total",
                              "Streams ended because the client read too slowly.", registry)
                           .Add({})),
+      unreadable_tool_calls_(Family(prometheus::BuildCounter(), "millrace_unreadable_tool_calls_total",
+                                    "Tool calls the model wrote that could not be parsed and were dropped.", registry)
+                                 .Add({})),
       requests_running_(
           Family(prometheus::BuildGauge(), "millrace_requests_running", "Generation requests in flight.", registry)
               .Add({{"role", "router"}})),
@@ -83,11 +86,14 @@ void HttpMetrics::ObserveDuration(int code, double seconds) {
   duration_.Add({{"model", model_}, {"code", std::to_string(code)}}, RequestDurationBuckets()).Observe(seconds);
 }
 
-void HttpMetrics::ObserveTokens(int64_t prompt_tokens, int64_t completion_tokens) {
-  prompt_tokens_.Observe(static_cast<double>(prompt_tokens));
-  generation_tokens_.Observe(static_cast<double>(completion_tokens));
-  prompt_tokens_total_.Increment(static_cast<double>(prompt_tokens));
-  generation_tokens_total_.Increment(static_cast<double>(completion_tokens));
+void HttpMetrics::ObservePromptTokens(int64_t tokens) {
+  prompt_tokens_.Observe(static_cast<double>(tokens));
+  prompt_tokens_total_.Increment(static_cast<double>(tokens));
+}
+
+void HttpMetrics::ObserveCompletionTokens(int64_t tokens) {
+  generation_tokens_.Observe(static_cast<double>(tokens));
+  generation_tokens_total_.Increment(static_cast<double>(tokens));
 }
 
 }  // namespace millrace

@@ -40,7 +40,9 @@ class HttpMetrics {
   void ObserveDuration(int code, double seconds);
   void ObserveTimeToFirstToken(double seconds) { time_to_first_token_.Observe(seconds); }
   void ObserveInterToken(double seconds) { inter_token_.Observe(seconds); }
-  void ObserveTokens(int64_t prompt_tokens, int64_t completion_tokens);
+  void ObservePromptTokens(int64_t tokens);      // of a request
+  void ObserveCompletionTokens(int64_t tokens);  // of a choice
+  void CountUnreadableToolCall() { unreadable_tool_calls_.Increment(); }
 
   prometheus::Gauge& requests_running() { return requests_running_; }
   prometheus::Gauge& requests_waiting() { return requests_waiting_; }  // sent to the cluster, no token yet
@@ -58,6 +60,7 @@ class HttpMetrics {
   prometheus::Counter& prompt_tokens_total_;
   prometheus::Counter& generation_tokens_total_;
   prometheus::Counter& slow_consumers_;
+  prometheus::Counter& unreadable_tool_calls_;
   prometheus::Gauge& requests_running_;
   prometheus::Gauge& requests_waiting_;
   prometheus::Gauge& connections_;

@@ -50,6 +50,7 @@ struct GenerationRequest {
   int32_t min_tokens = 0;     // the end-of-sequence token is not drawn before this many
   bool ignore_eos = false;    // never end at the end-of-sequence token
   int32_t num_logprobs = -1;  // -1: none wanted; 0: the drawn token's; k in 1..20: also the k most likely
+  std::string cache_salt;     // prompts share cached pages only under equal salts; empty is a salt too
   std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
 };
 

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// The routes of both listeners, and what every request passes before it is one: media types, request ids, deadlines,
+// limits on how many there are.
+//
+// Public: POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /v1/models/{id}, GET /healthz,
+// GET /readyz. Operator: GET /metrics, GET / (status), GET /healthz, GET /readyz. Paths are compared as they came, so
+// no spelling of one route reaches another; anything else is 404.
+//
+// Thread: any; handlers run on the server's strands, long parsing on threads of its own.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "services/common/metrics.h"
+#include "services/router/generation.h"
+#include "services/router/http_server.h"
+#include "services/router/openai_request.h"
+
+namespace millrace::router {
+
+struct OpenAiApiOptions {
+  ServedModel model;
+  ApiLimits limits;
+  GenerationService* generations = nullptr;        // must outlive the servers
+  const prometheus::Registry* registry = nullptr;  // for /metrics; must outlive the servers
+  HttpMetrics* metrics = nullptr;                  // must outlive the servers
+  std::function<Json()> status;                    // what the status page shows; any thread; may be empty
+  int parse_threads = 1;
+  // Browsers on this origin may call the API ("*": any). Empty: none, which keeps web pages away from a server on
+  // loopback.
+  std::string cors_allow_origin;
+};
+
+class OpenAiApi {
+ public:
+  explicit OpenAiApi(OpenAiApiOptions options);
+  // After the servers that use its handlers.
+  ~OpenAiApi();
+
+  HttpHandler PublicHandler();
+  HttpHandler OperatorHandler();
+
+  // From now on /readyz says no and new generation requests get 503.
+  void BeginDrain();
+  // Generation requests not yet answered.
+  int num_requests() const;
+
+ private:
+  class Core;
+  std::shared_ptr<Core> core_;
+};
+
+}  // namespace millrace::router
