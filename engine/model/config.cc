@@ -156,11 +156,10 @@ void ReadSchedule(const Json& root, Reader& r, ModelConfig& c) {
     if (!ratio.is_number_integer() || (ratio != 0 && ratio != 4 && ratio != 128)) {
       return r.Refuse(absl::StrCat("compress_ratios[", i, "]"), ratio, "0, 4 or 128");
     }
-    if (i < layers) {
-      c.layer_kinds.push_back(ratio == 0 ? LayerKind::kWindow : ratio == 4 ? LayerKind::kCsa : LayerKind::kHca);
-    } else if (ratio != 0) {  // entries past the backbone belong to MTP or DSpark layers, which see a window only
-      return r.Refuse(absl::StrCat("compress_ratios[", i, "]"), ratio, "0 past the last backbone layer");
-    }
+    // Entries past the backbone stand for MTP or DSpark layers, which always see the window only; their number differs
+    // between releases.
+    if (i >= layers) continue;
+    c.layer_kinds.push_back(ratio == 0 ? LayerKind::kWindow : ratio == 4 ? LayerKind::kCsa : LayerKind::kHca);
   }
   if (!from_types.empty() && from_types != c.layer_kinds) {
     r.Refuse("layer_types", std::string("other kinds of layers than compress_ratios"),

@@ -71,14 +71,13 @@ class HeaderHandler final : public StrictSaxHandler {
     return Bad("an object");
   }
   bool end_object() override {
-    --depth_;
-    if (depth_ == 1 && !in_metadata_) {
+    if (depth_ == 2 && !in_metadata_) {
       const Entry& entry = entries_.back();
       if (!entry.has_offsets) return Bad("no data_offsets", "data_offsets");
       if (!entry.has_dtype) return Bad("no dtype", "dtype");
       if (!entry.has_shape) return Bad("no shape", "shape");
     }
-    if (depth_ == 1) in_metadata_ = false;
+    if (--depth_ == 1) in_metadata_ = false;
     return Leave();
   }
   bool key(string_t& name) override {
