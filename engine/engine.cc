@@ -23,9 +23,6 @@
 namespace millrace {
 namespace {
 
-// Raised whenever a change of the CPU kernels changes bits.
-constexpr int kCpuKernelRevision = 1;
-
 struct Sequence {
   SequenceReservation reservation;
   std::vector<uint8_t*> pages;
@@ -141,7 +138,7 @@ class CpuEngine : public Engine {
             static_cast<int>(cache_.free_slots())};
   }
   int64_t weight_bytes() const override { return weight_bytes_; }
-  std::string KernelSet() const override { return absl::StrCat("cpu/", vec::TargetName(), "/", kCpuKernelRevision); }
+  std::string KernelSet() const override { return vec::KernelSet(); }
   std::string CompatibilityHash() const override {
     const std::string text = absl::StrCat(checkpoint_->ContentHash(), ";", NumericsName(options_.numerics), ";",
                                           layout_.Id(), ";", KernelSet(), ";", rounding_ == Rounding::All());

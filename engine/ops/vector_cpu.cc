@@ -289,6 +289,7 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 #include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
 
 namespace millrace::vec {
 HWY_EXPORT(SumSquaresV);
@@ -313,6 +314,11 @@ std::string TargetName() {
   const int64_t supported = hwy::SupportedTargets() & HWY_TARGETS;
   return absl::AsciiStrToLower(hwy::TargetName(supported & -supported));
 }
+
+// Raised whenever a change of the CPU kernels changes bits.
+constexpr int kCpuKernelRevision = 1;
+
+std::string KernelSet() { return absl::StrCat("cpu/", TargetName(), "/", kCpuKernelRevision); }
 
 float SumSquares(const float* x, int64_t n) { return HWY_DYNAMIC_DISPATCH(SumSquaresV)(x, n); }
 void Scale(const float* x, float scale, int64_t n, float* y) { HWY_DYNAMIC_DISPATCH(ScaleV)(x, scale, n, y); }
