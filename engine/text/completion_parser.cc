@@ -241,7 +241,7 @@ bool CompletionParser::StepHeader(CompletionDelta& out) {
   ToolCallDelta& call = Call(out);
   call.starts = true;
   call.name = call_name_;
-  call.arguments = "{";
+  call.arguments += '{';
   buffer_.erase(0, end + 2);
   state_ = State::kParameters;
   return true;

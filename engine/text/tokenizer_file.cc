@@ -55,8 +55,12 @@ std::string Show(std::string_view text) {
 std::string Show(const simdjson::simdjson_result<element>& value) {
   element known;
   if (value.get(known) != simdjson::SUCCESS) return "nothing";
-  const std::string text = simdjson::minify(known);
-  return text.size() <= 60 ? text : Concat(absl::Utf8SafeCEscape(text.substr(0, 60)), "...");
+  std::string_view text;
+  if (known.get(text) == simdjson::SUCCESS) return Show(text);
+  if (int64_t number; known.get(number) == simdjson::SUCCESS) return Concat(number);
+  if (double number; known.get(number) == simdjson::SUCCESS) return Concat(number);
+  if (bool flag; known.get(flag) == simdjson::SUCCESS) return flag ? "true" : "false";
+  return known.is_object() ? "an object" : known.is_array() ? "an array" : "null";
 }
 
 // GPT-2's map of bytes to printable characters: printable Latin-1 stands for itself, the rest is moved to U+0100 on.
