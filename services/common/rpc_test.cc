@@ -58,7 +58,9 @@ TEST(Config, ExpertSetsAreRangesAndSharesAreEven) {
   for (const char* name : {"expert-0", "expert-1", "expert-2"}) {
     const auto worker = SelectWorker(*config, v1::ROLE_EXPERT, name);
     ASSERT_TRUE(worker.ok());
-    for (int e : *worker->ExpertsOf(16)) all.push_back(e);
+    const auto share = worker->ExpertsOf(16);
+    ASSERT_TRUE(share.ok());
+    all.insert(all.end(), share->begin(), share->end());
   }
   ASSERT_EQ(all.size(), 16u);
   for (int e = 0; e < 16; ++e) EXPECT_EQ(all[e], e);

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engine thread of a decode worker: leases in, tokens out.
+//
+// Runs drain commands -> plan -> step -> publish. It alone touches the engine and the lease table. Handlers on gRPC's
+// threads post commands and are answered through callbacks on this thread. Time enters once per round.
+//
+// Promises: a sequence decodes only after its manifest was verified; a page goes back only after its fence; a lease
+// that is neither renewed nor finished ends; an ended sequence says so to its stream exactly once.
+//
+// Thread: public methods from any thread; callbacks on the engine thread, and they must not block.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "engine/engine.h"
+#include "engine/sched/decode_planner.h"
+#include "kvtransfer/receiver.h"
+#include "millrace/v1/cluster.pb.h"
+#include "services/common/bounded_queue.h"
+#include "services/common/worker_metrics.h"
+#include "services/decode/lease.h"
+
+namespace millrace::decode {
+
+struct DecodeLoopOptions {
+  int max_batch = 32;
+  size_t max_commands = 4096;  // commands that wait for the engine thread; more are refused
+  IncarnationId incarnation;
+  std::string compat_hash;       // what Reserve must say
+  std::string transfer_address;  // what Reserve answers
+  // A commit may overtake the last blocks, which come another way: how long after the last arrival they are waited for.
+  absl::Duration arrival_grace = absl::Milliseconds(200);
+  // Called on the engine thread before a reservation: OK, or why no request can be taken (expert pool not complete).
+  std::function<absl::Status()> ready;
+};
+
+class DecodeLoop {
+ public:
+  // Everything must outlive the loop. `metrics` may be null.
+  DecodeLoop(Engine& engine, kvtransfer::Receiver& receiver, DecodeLoopOptions options, WorkerMetrics* metrics);
+  ~DecodeLoop();  // Stop
+
+  void Reserve(v1::ReserveRequest request, absl::AnyInvocable<void(absl::StatusOr<v1::ReserveResponse>)> done);
+  void Renew(v1::RenewRequest request, absl::AnyInvocable<void(absl::StatusOr<v1::RenewResponse>)> done);
+  void Commit(v1::CommitRequest request, CommitDone done);
+  void Abort(v1::AbortLeaseRequest request, AbortDone done);  // answered when the memory is back
+  void Release(v1::LeaseRef lease, absl::AnyInvocable<void(absl::Status)> done);
+  void Attach(v1::LeaseRef lease, std::shared_ptr<TokenSink> sink);  // refusals go to the sink
+  void Detach(uint64_t lease_id, const TokenSink* sink);             // its stream is gone: the lease ends
+
+  // Ends every lease of routers other than `router`; an empty one: of all routers.
+  void KeepOnlyRouter(IncarnationId router, std::string why);
+  void Drain();  // no new leases
+  void Wake() {
+    commands_->Post([](absl::Time) {});
+  }
+  // Ends everything, gives everything back, joins. Idempotent.
+  void Stop();
+
+  void FillStatus(v1::WorkerStatus& status) const;
+  bool Idle() const { return live_leases_.load() == 0; }
+
+ private:
+  using Command = absl::AnyInvocable<void(absl::Time now)>;
+  template <typename Done>
+  void Enqueue(Done done, absl::AnyInvocable<void(absl::Time, Done)> run);
+
+  void Run();
+  absl::Duration Round(absl::Time now, sched::DecodePlan& plan);
+  void Step(const std::vector<uint64_t>& batch);
+  void DeliverToken(Lease& lease, const ChunkOutput& output);
+
+  absl::StatusOr<v1::ReserveResponse> DoReserve(const v1::ReserveRequest& request, absl::Time now);
+  absl::Status CheckAttemptIsNew(const v1::ReserveRequest& request);
+  void DoCommit(const v1::CommitRequest& request, CommitDone done, absl::Time now);
+  void PollCommit(Lease& lease, absl::Time now);
+  absl::Status CheckHandoffState(const Lease& lease, const v1::HandoffState& state) const;
+  absl::StatusOr<v1::CommitResponse> FinishCommit(Lease& lease, const PendingCommit& commit);
+  // Tells the stream (if any) and begins the fence; the lease is gone when that is done.
+  void End(Lease& lease, const absl::Status& why);
+  void Gone(uint64_t lease_id);
+  // The live lease that `ref` names. NotFound, or Aborted for another epoch.
+  absl::StatusOr<Lease*> Find(const v1::LeaseRef& ref);
+  void Publish();
+
+  Engine& engine_;
+  kvtransfer::Receiver& receiver_;
+  const DecodeLoopOptions options_;
+  WorkerMetrics* const metrics_;
+  // Shared with fence callbacks, which may come after this object has gone.
+  const std::shared_ptr<BoundedQueue<Command>> commands_;
+
+  // Engine thread only.
+  std::map<uint64_t, Lease> leases_;
+  using RequestKey = std::pair<std::string, uint32_t>;  // request id, choice
+  absl::flat_hash_map<RequestKey, uint64_t> lease_of_request_;
+  // Newest attempt of requests that ended here; one that is not newer is stale. Bounded: the oldest are forgotten.
+  absl::flat_hash_map<RequestKey, uint32_t> ended_attempts_;
+  std::deque<RequestKey> ended_order_;
+  uint64_t next_lease_ = 0;
+  uint64_t next_epoch_ = 1;
+  uint64_t step_count_ = 0;
+  bool draining_ = false;
+  bool stopping_ = false;
+
+  std::atomic<int> live_leases_{0};
+  mutable std::mutex status_mutex_;
+  v1::WorkerStatus status_;  // guarded by status_mutex_
+  std::thread thread_;
+};
+
+}  // namespace millrace::decode

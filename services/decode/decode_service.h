@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gRPC end of a decode worker: Handoff and Decode. Checks every field, posts to the loop, returns.
+//
+// Thread: gRPC's. Nothing here blocks; answers come from the engine thread through the loop's callbacks.
+#pragma once
+
+#include "millrace/v1/decode.grpc.pb.h"
+#include "millrace/v1/handoff.grpc.pb.h"
+#include "services/decode/decode_loop.h"
+
+namespace millrace::decode {
+
+class HandoffService final : public v1::Handoff::CallbackService {
+ public:
+  // The loop must outlive the server that this service is registered with.
+  HandoffService(DecodeLoop& loop, RequestLimits limits, IncarnationId self)
+      : loop_(loop), limits_(limits), self_(self) {}
+
+  grpc::ServerUnaryReactor* Reserve(grpc::CallbackServerContext* context, const v1::ReserveRequest* request,
+                                    v1::ReserveResponse* response) override;
+  grpc::ServerUnaryReactor* Renew(grpc::CallbackServerContext* context, const v1::RenewRequest* request,
+                                  v1::RenewResponse* response) override;
+  grpc::ServerUnaryReactor* Commit(grpc::CallbackServerContext* context, const v1::CommitRequest* request,
+                                   v1::CommitResponse* response) override;
+  grpc::ServerUnaryReactor* Abort(grpc::CallbackServerContext* context, const v1::AbortLeaseRequest* request,
+                                  v1::AbortLeaseResponse* response) override;
+  grpc::ServerUnaryReactor* Release(grpc::CallbackServerContext* context, const v1::ReleaseRequest* request,
+                                    v1::ReleaseResponse* response) override;
+
+ private:
+  DecodeLoop& loop_;
+  const RequestLimits limits_;
+  const IncarnationId self_;
+};
+
+class DecodeService final : public v1::Decode::CallbackService {
+ public:
+  DecodeService(DecodeLoop& loop, IncarnationId self) : loop_(loop), self_(self) {}
+  grpc::ServerWriteReactor<v1::DecodeEvent>* Decode(grpc::CallbackServerContext* context,
+                                                    const v1::DecodeRequest* request) override;
+
+ private:
+  DecodeLoop& loop_;
+  const IncarnationId self_;
+};
+
+}  // namespace millrace::decode
