@@ -14,6 +14,8 @@
 #include "absl/strings/str_format.h"
 #include "engine/status.h"
 #include "engine/text/concat.h"
+// Every conversion that could throw becomes a compile error.
+#define SIMDJSON_EXCEPTIONS 0
 #include "simdjson.h"
 
 namespace millrace::text {
@@ -52,15 +54,17 @@ std::string Show(std::string_view text) {
   std::string shown = absl::Utf8SafeCEscape(AbslView(text.substr(0, kMax)));
   return Concat("\"", shown, text.size() > kMax ? "...\"" : "\"");
 }
-std::string Show(const simdjson::simdjson_result<element>& value) {
-  element known;
-  if (value.get(known) != simdjson::SUCCESS) return "nothing";
+std::string Show(element known) {
   std::string_view text;
   if (known.get(text) == simdjson::SUCCESS) return Show(text);
   if (int64_t number; known.get(number) == simdjson::SUCCESS) return Concat(number);
   if (double number; known.get(number) == simdjson::SUCCESS) return Concat(number);
   if (bool flag; known.get(flag) == simdjson::SUCCESS) return flag ? "true" : "false";
   return known.is_object() ? "an object" : known.is_array() ? "an array" : "null";
+}
+std::string Show(const simdjson::simdjson_result<element>& value) {
+  element known;
+  return value.get(known) == simdjson::SUCCESS ? Show(known) : "nothing";
 }
 
 // GPT-2's map of bytes to printable characters: printable Latin-1 stands for itself, the rest is moved to U+0100 on.
@@ -456,7 +460,7 @@ absl::StatusOr<TokenizerFile> ParseTokenizerFile(std::string_view json, int voca
   if (error != simdjson::SUCCESS) {
     return Bad("file", Concat("broken JSON (", simdjson::error_message(error), ")"), "a JSON object");
   }
-  if (!root.is_object()) return Bad("file", Show(simdjson::simdjson_result<element>(element(root))), "a JSON object");
+  if (!root.is_object()) return Bad("file", Show(root), "a JSON object");
   ASSIGN_OR_RETURN(TokenizerFile file, Parser(root, vocab_size).Parse());
   const XXH128_hash_t hash = XXH3_128bits(json.data(), json.size());
   file.hash = absl::StrFormat("%016x%016x", hash.high64, hash.low64);
