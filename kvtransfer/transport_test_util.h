@@ -125,29 +125,34 @@ class Outcome {
   std::shared_ptr<State> state_ = std::make_shared<State>();
 };
 
-// A door that callbacks wait at: holds up a transport thread for as long as a test wants.
+// A door that callbacks wait at: holds up a transport thread for as long as a test wants, and may be destroyed while
+// that thread is still leaving.
 class Gate {
  public:
   void WaitHere() {
-    std::unique_lock lock(mu_);
-    waiting_ = true;
-    cv_.notify_all();
-    cv_.wait(lock, [&] { return open_; });
+    const std::shared_ptr<State> state = state_;
+    std::unique_lock lock(state->mu);
+    state->waiting = true;
+    state->cv.notify_all();
+    state->cv.wait(lock, [&] { return state->open; });
   }
   void AwaitSomebody() {
-    std::unique_lock lock(mu_);
-    cv_.wait(lock, [&] { return waiting_ || open_; });
+    std::unique_lock lock(state_->mu);
+    state_->cv.wait(lock, [&] { return state_->waiting || state_->open; });
   }
   void Open() {
-    std::lock_guard lock(mu_);
-    open_ = true;
-    cv_.notify_all();
+    std::lock_guard lock(state_->mu);
+    state_->open = true;
+    state_->cv.notify_all();
   }
 
  private:
-  std::mutex mu_;
-  std::condition_variable cv_;
-  bool open_ = false, waiting_ = false;
+  struct State {
+    std::mutex mu;
+    std::condition_variable cv;
+    bool open = false, waiting = false;
+  };
+  const std::shared_ptr<State> state_ = std::make_shared<State>();
 };
 
 class FunctionHandler : public MessageHandler {

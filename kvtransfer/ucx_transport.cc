@@ -49,8 +49,8 @@ constexpr unsigned kAmId = 1;
 constexpr int kMaxProgressRounds = 64;
 // A message occupies the wire with its header too; without this, endless empty messages would cost nothing.
 constexpr size_t kMessageCost = 1024;
-// UCX up to at least 1.13 asserts if a connection dies while its answer to a handshake is still queued. A handshake takes
-// about a millisecond; our own closes wait for it, so that two healthy processes never do that to each other.
+// UCX up to at least 1.13 asserts if a connection dies while its answer to a handshake is still queued. A handshake
+// takes about a millisecond; our own closes wait for it, so that two healthy processes never do that to each other.
 constexpr absl::Duration kHandshakePoll = absl::Milliseconds(2);
 constexpr absl::Duration kHandshakeGrace = absl::Milliseconds(500);
 // After a forced close UCX completes what was outstanding within milliseconds. If it does not, we say so and keep the
