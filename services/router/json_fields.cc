@@ -112,8 +112,8 @@ std::optional<int64_t> AsInteger(const Json& value) {
   if (value.is_number_integer()) return value.get<int64_t>();
   if (!value.is_number_float()) return std::nullopt;
   const double number = value.get<double>();
-  // 2^63 is a double and INT64_MAX is not: compare below it.
-  if (number != std::trunc(number) || !(number >= -0x1p63 && number < 0x1p63)) return std::nullopt;
+  // Beyond 2^53 a double may stand for a neighbour of what was written.
+  if (number != std::trunc(number) || !(std::abs(number) <= 0x1p53)) return std::nullopt;
   return static_cast<int64_t>(number);
 }
 
