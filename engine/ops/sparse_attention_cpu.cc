@@ -2,8 +2,8 @@
 // Lightning indexer and attention core on the CPU.
 //
 // One query row at a time: the window first (two tiles of 64 slots, oldest to newest, slots before the sequence
-// masked), then the entries in tiles of 64; an online softmax inside segments of 18 tiles, segments merged in order; the
-// sink joins the normaliser at the end. The list and its tiles depend on the query's position only.
+// masked), then the entries in tiles of 64; a softmax inside each segment of 18 tiles, segments merged in ascending order;
+// the sink joins the normaliser at the end. The list and its tiles depend on the query's position only.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -19,71 +19,79 @@ namespace {
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr int kTile = 64;
 constexpr int kTilesPerSegment = 18;
+constexpr int kSegment = kTile * kTilesPerSegment;
+constexpr int kMaxHeads = 128;
 
-// Running softmax of `heads` queries over tiles of keys.
-class OnlineAttention {
+// Softmax of `heads` queries over keys that come in tiles. A segment keeps its logits until it is full, so that every
+// probability is rounded relative to the segment's own maximum, whatever tile that maximum is in.
+class SegmentedAttention {
  public:
-  OnlineAttention(const float* q, int heads, int64_t dim, bool round_p)
-      : q_(q), heads_(heads), dim_(dim), round_p_(round_p), scale_(1.0f / std::sqrt(static_cast<float>(dim))),
-        max_(heads, kNegInf), sum_(heads, 0.0f), out_(heads * dim, 0.0f), logits_(heads * kTile), p_(heads * kTile),
-        correction_(heads) {}
+  SegmentedAttention(int heads, int64_t dim, bool round_p)
+      : heads_(heads), dim_(dim), round_p_(round_p), scale_(1.0f / std::sqrt(static_cast<float>(dim))),
+        logits_(static_cast<int64_t>(heads) * kSegment), keys_(kSegment), ones_(heads, 1.0f) {}
 
-  // At most kTile keys, none masked; an empty tile changes nothing but counts.
+  void Start(const float* q) {
+    q_ = q;
+    n_ = 0;
+    tiles_ = 0;
+    max_.assign(heads_, kNegInf);
+    sum_.assign(heads_, 0.0f);
+    out_.assign(heads_ * dim_, 0.0f);
+  }
+
+  // At most kTile keys, none masked; an empty tile counts towards the segment all the same. Keys must stay readable
+  // until the segment is closed, i.e. for kTilesPerSegment tiles.
   void Tile(const float* const* keys, int n) {
     if (tiles_++ == kTilesPerSegment) {
       CloseSegment();
       tiles_ = 1;
     }
-    if (n == 0) return;
-    for (int j = 0; j < n; ++j) vec::DotHeads(q_, heads_, keys[j], dim_, scale_, logits_.data() + j, kTile);
-    for (int h = 0; h < heads_; ++h) {
-      const float* l = logits_.data() + h * kTile;
-      const float max = std::max(max_[h], *std::max_element(l, l + n));
-      correction_[h] = std::exp(max_[h] - max);
-      float* p = p_.data() + h * kTile;
-      sum_[h] = sum_[h] * correction_[h] + vec::ExpTile(l, n, max, p);
-      if (round_p_) vec::RoundBf16(p, n);
-      max_[h] = max;
+    for (int j = 0; j < n; ++j, ++n_) {
+      keys_[n_] = keys[j];
+      vec::DotHeads(q_, heads_, keys[j], dim_, scale_, logits_.data() + n_, kSegment);
     }
-    vec::AccumulateValues(p_.data(), kTile, heads_, keys, n, correction_.data(), dim_, out_.data());
   }
 
   void Finish(const float* sink, float* out) {
     CloseSegment();
     for (int h = 0; h < heads_; ++h) {
-      const float z = total_sum_[h] + std::exp(sink[h] - total_max_[h]);
-      for (int64_t i = 0; i < dim_; ++i) out[h * dim_ + i] = total_out_[h * dim_ + i] / z;
+      const float z = sum_[h] + std::exp(sink[h] - max_[h]);
+      for (int64_t i = 0; i < dim_; ++i) out[h * dim_ + i] = out_[h * dim_ + i] / z;
     }
   }
 
  private:
   void CloseSegment() {
-    if (total_out_.empty()) {
-      total_max_ = max_;
-      total_sum_ = sum_;
-      total_out_ = out_;
-    } else {
-      for (int h = 0; h < heads_; ++h) {
-        const float max = std::max(total_max_[h], max_[h]);
-        const float a = std::exp(total_max_[h] - max), b = std::exp(max_[h] - max);
-        total_max_[h] = max;
-        total_sum_[h] = total_sum_[h] * a + sum_[h] * b;
-        for (int64_t i = h * dim_; i < (h + 1) * dim_; ++i) total_out_[i] = total_out_[i] * a + out_[i] * b;
-      }
+    if (n_ == 0) return;
+    segment_.assign(heads_ * dim_, 0.0f);
+    float max[kMaxHeads], sum[kMaxHeads];
+    for (int h = 0; h < heads_; ++h) {
+      float* l = logits_.data() + static_cast<int64_t>(h) * kSegment;
+      max[h] = *std::max_element(l, l + n_);
+      sum[h] = vec::ExpTile(l, n_, max[h], l);
+      if (round_p_) vec::RoundBf16(l, n_);
     }
-    std::fill(max_.begin(), max_.end(), kNegInf);
-    std::fill(sum_.begin(), sum_.end(), 0.0f);
-    std::fill(out_.begin(), out_.end(), 0.0f);
+    vec::AccumulateValues(logits_.data(), kSegment, heads_, keys_.data(), n_, ones_.data(), dim_, segment_.data());
+    for (int h = 0; h < heads_; ++h) {
+      const float new_max = std::max(max_[h], max[h]);
+      const float a = std::exp(max_[h] - new_max), b = std::exp(max[h] - new_max);
+      max_[h] = new_max;
+      sum_[h] = sum_[h] * a + sum[h] * b;
+      for (int64_t i = h * dim_; i < (h + 1) * dim_; ++i) out_[i] = out_[i] * a + segment_[i] * b;
+    }
+    n_ = 0;
   }
 
-  const float* q_;
   const int heads_;
   const int64_t dim_;
   const bool round_p_;
   const float scale_;
-  int tiles_ = 0;
-  std::vector<float> max_, sum_, out_, logits_, p_, correction_;
-  std::vector<float> total_max_, total_sum_, total_out_;
+  const float* q_ = nullptr;
+  int n_ = 0, tiles_ = 0;
+  std::vector<float> logits_;        // [heads, kSegment], probabilities once closed
+  std::vector<const float*> keys_;   // [kSegment]
+  const std::vector<float> ones_;
+  std::vector<float> max_, sum_, out_, segment_;
 };
 
 // Keeps the indices of the k best scores, ties to the lower index, ascending.
@@ -192,7 +200,8 @@ void CpuOps::SparseAttention(int layer, const Pass& pass, const float* q, int he
 
     pool_.For(s.count, [&](int64_t r) {
       const int64_t row = s.row + r, position = s.start + r;
-      OnlineAttention attention(q + row * heads * dim, heads, dim, rounding_.attention_p);
+      SegmentedAttention attention(heads, dim, rounding_.attention_p);
+      attention.Start(q + row * heads * dim);
       const float* keys[kTile];
       for (int64_t tile = 0; tile < slots; tile += kTile) {
         int n = 0;
@@ -206,7 +215,7 @@ void CpuOps::SparseAttention(int layer, const Pass& pass, const float* q, int he
                             : all                      ? (position + 1) / ratio
                                                        : selection.offset[row + 1] - selection.offset[row];
       static thread_local std::vector<float> own;
-      if (!shared) own.resize(kTile * dim);
+      if (!shared) own.resize(std::max<size_t>(own.size(), kSegment * dim));
       for (int64_t e0 = 0; e0 < count; e0 += kTile) {
         const int n = static_cast<int>(std::min<int64_t>(kTile, count - e0));
         for (int j = 0; j < n; ++j) {
@@ -214,8 +223,10 @@ void CpuOps::SparseAttention(int layer, const Pass& pass, const float* q, int he
           if (shared) {
             keys[j] = shared_entries + entry * dim;
           } else {
-            LoadCompressed(s, layer, entry, own.data() + j * dim);
-            keys[j] = own.data() + j * dim;
+            // A ring of one segment: its keys are read when it closes.
+            float* at = own.data() + (e0 + j) % kSegment * dim;
+            LoadCompressed(s, layer, entry, at);
+            keys[j] = at;
           }
         }
         attention.Tile(keys, n);
