@@ -156,7 +156,7 @@ void DecodeLoop::Stop() {
 
 void DecodeLoop::FillStatus(v1::WorkerStatus& status) const {
   std::lock_guard<std::mutex> lock(status_mutex_);
-  status.MergeFrom(status_);
+  status.MergeFrom(published_);
 }
 
 // --- The round ---
@@ -232,9 +232,9 @@ void DecodeLoop::Step(const std::vector<uint64_t>& batch) {
   const absl::Duration took = MonotonicNow() - began;
   {
     std::lock_guard<std::mutex> lock(status_mutex_);
-    status_.set_steps(status_.steps() + 1);
-    status_.set_last_step_us(static_cast<uint32_t>(absl::ToInt64Microseconds(took)));
-    if (outputs.ok()) status_.set_tokens_total(status_.tokens_total() + batch.size());
+    published_.set_steps(published_.steps() + 1);
+    published_.set_last_step_us(static_cast<uint32_t>(absl::ToInt64Microseconds(took)));
+    if (outputs.ok()) published_.set_tokens_total(published_.tokens_total() + batch.size());
   }
   if (metrics_ != nullptr) {
     metrics_->ObserveStep(absl::ToDoubleSeconds(took), static_cast<int64_t>(batch.size()));
@@ -511,11 +511,11 @@ void DecodeLoop::Publish() {
     ++(committed && !lease.ending ? running : leased);
   }
   std::lock_guard<std::mutex> lock(status_mutex_);
-  status_.set_running(running);
-  status_.set_leased(leased);
-  status_.set_pages_free(usage.pages_free);
-  status_.set_slots_free(usage.slots_free);
-  status_.set_work_pending(running > 0);
+  published_.set_running(running);
+  published_.set_leased(leased);
+  published_.set_pages_free(usage.pages_free);
+  published_.set_slots_free(usage.slots_free);
+  published_.set_work_pending(running > 0);
   if (metrics_ == nullptr) return;
   metrics_->running().Set(running);
   metrics_->SetPages(usage.pages_free, usage.pages_owned);

@@ -115,7 +115,7 @@ class DecodeLoop {
 
   std::atomic<int> live_leases_{0};
   mutable std::mutex status_mutex_;
-  v1::WorkerStatus status_;  // guarded by status_mutex_
+  v1::WorkerStatus published_;  // guarded by status_mutex_
   std::thread thread_;
 };
 

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "engine/status.h"
 #include "services/common/event_writer.h"
 #include "services/common/grpc_status.h"
@@ -28,6 +29,8 @@ grpc::ServerUnaryReactor* Refuse(grpc::ServerUnaryReactor* reactor, const absl::
   reactor->Finish(ToGrpcStatus(status));
   return reactor;
 }
+
+absl::Status Loading() { return absl::UnavailableError("the decode worker is loading"); }
 
 absl::Status CheckReserve(const v1::ReserveRequest& request, const RequestLimits& limits) {
   RETURN_IF_ERROR(CheckRequestId(request.request_id()));
@@ -56,7 +59,7 @@ absl::Status CheckReserve(const v1::ReserveRequest& request, const RequestLimits
 // The stream of one sequence's tokens.
 class TokenStream final : public EventWriter<v1::DecodeEvent>, public TokenSink {
  public:
-  TokenStream(DecodeLoop& loop, uint64_t lease_id) : loop_(loop), lease_id_(lease_id) {}
+  TokenStream(DecodeLoop* loop, uint64_t lease_id) : loop_(loop), lease_id_(lease_id) {}
 
   void OnTokens(v1::DecodeTokens tokens) override {
     v1::DecodeEvent event;
@@ -71,46 +74,58 @@ class TokenStream final : public EventWriter<v1::DecodeEvent>, public TokenSink 
     Close(absl::OkStatus());
   }
   void OnError(absl::Status status) override { Close(std::move(status)); }
-  bool Congested() const override { return queued_bytes() > kCongestedBytes; }
-
- private:
-  void OnCancelled() override { loop_.Detach(lease_id_, this); }
-  void OnDrained() override {
-    if (was_congested_.exchange(Congested())) loop_.Wake();
+  bool Congested() const override {
+    const bool congested = queued_bytes() > kCongestedBytes;
+    if (congested) was_congested_.store(true);
+    return congested;
   }
 
-  DecodeLoop& loop_;
+ private:
+  void OnCancelled() override {
+    if (loop_ != nullptr) loop_->Detach(lease_id_, this);
+  }
+  void OnDrained() override {
+    if (loop_ != nullptr && was_congested_.exchange(false)) loop_->Wake();
+  }
+
+  DecodeLoop* const loop_;
   const uint64_t lease_id_;
-  std::atomic<bool> was_congested_{false};
+  mutable std::atomic<bool> was_congested_{false};  // the loop was told so and waits to hear otherwise
 };
 
 }  // namespace
 
+absl::Status HandoffService::Check(const v1::LeaseRef& lease) const {
+  if (loop_.load() == nullptr) return Loading();
+  return CheckLease(lease, self_);
+}
+
 grpc::ServerUnaryReactor* HandoffService::Reserve(grpc::CallbackServerContext* context,
                                                   const v1::ReserveRequest* request, v1::ReserveResponse* response) {
   auto* reactor = context->DefaultReactor();
-  if (const absl::Status bad = CheckReserve(*request, limits_); !bad.ok()) return Refuse(reactor, bad);
-  loop_.Reserve(*request, Answer(reactor, response));
+  const absl::Status bad = loop_.load() == nullptr ? Loading() : CheckReserve(*request, limits_);
+  if (!bad.ok()) return Refuse(reactor, bad);
+  loop_.load()->Reserve(*request, Answer(reactor, response));
   return reactor;
 }
 
 grpc::ServerUnaryReactor* HandoffService::Renew(grpc::CallbackServerContext* context, const v1::RenewRequest* request,
                                                 v1::RenewResponse* response) {
   auto* reactor = context->DefaultReactor();
-  if (const absl::Status bad = CheckLease(request->lease(), self_); !bad.ok()) return Refuse(reactor, bad);
-  loop_.Renew(*request, Answer(reactor, response));
+  if (const absl::Status bad = Check(request->lease()); !bad.ok()) return Refuse(reactor, bad);
+  loop_.load()->Renew(*request, Answer(reactor, response));
   return reactor;
 }
 
 grpc::ServerUnaryReactor* HandoffService::Commit(grpc::CallbackServerContext* context, const v1::CommitRequest* request,
                                                  v1::CommitResponse* response) {
   auto* reactor = context->DefaultReactor();
-  if (const absl::Status bad = CheckLease(request->lease(), self_); !bad.ok()) return Refuse(reactor, bad);
+  if (const absl::Status bad = Check(request->lease()); !bad.ok()) return Refuse(reactor, bad);
   if (request->manifest().empty() || request->manifest().size() > kMaxManifestBytes) {
     return Refuse(reactor, absl::InvalidArgumentError(absl::StrCat("manifest: found ", request->manifest().size(),
                                                                    " bytes, allowed 1 to ", kMaxManifestBytes)));
   }
-  loop_.Commit(*request, Answer(reactor, response));
+  loop_.load()->Commit(*request, Answer(reactor, response));
   return reactor;
 }
 
@@ -118,29 +133,31 @@ grpc::ServerUnaryReactor* HandoffService::Abort(grpc::CallbackServerContext* con
                                                 const v1::AbortLeaseRequest* request,
                                                 v1::AbortLeaseResponse* response) {
   auto* reactor = context->DefaultReactor();
-  if (const absl::Status bad = CheckLease(request->lease(), self_); !bad.ok()) return Refuse(reactor, bad);
+  if (const absl::Status bad = Check(request->lease()); !bad.ok()) return Refuse(reactor, bad);
   v1::AbortLeaseRequest bounded = *request;
   if (bounded.reason().size() > 256) bounded.mutable_reason()->resize(256);
-  loop_.Abort(std::move(bounded), Answer(reactor, response));
+  loop_.load()->Abort(std::move(bounded), Answer(reactor, response));
   return reactor;
 }
 
 grpc::ServerUnaryReactor* HandoffService::Release(grpc::CallbackServerContext* context,
                                                   const v1::ReleaseRequest* request, v1::ReleaseResponse*) {
   auto* reactor = context->DefaultReactor();
-  if (const absl::Status bad = CheckLease(request->lease(), self_); !bad.ok()) return Refuse(reactor, bad);
-  loop_.Release(request->lease(), [reactor](absl::Status status) { reactor->Finish(ToGrpcStatus(status)); });
+  if (const absl::Status bad = Check(request->lease()); !bad.ok()) return Refuse(reactor, bad);
+  loop_.load()->Release(request->lease(), [reactor](absl::Status status) { reactor->Finish(ToGrpcStatus(status)); });
   return reactor;
 }
 
 grpc::ServerWriteReactor<v1::DecodeEvent>* DecodeService::Decode(grpc::CallbackServerContext*,
                                                                  const v1::DecodeRequest* request) {
-  auto stream = std::make_shared<TokenStream>(loop_, request->lease().id());
+  DecodeLoop* const loop = loop_.load();
+  auto stream = std::make_shared<TokenStream>(loop, request->lease().id());
   stream->KeepUntilDone();
-  if (const absl::Status bad = CheckLease(request->lease(), self_); !bad.ok()) {
+  const absl::Status bad = loop == nullptr ? Loading() : CheckLease(request->lease(), self_);
+  if (!bad.ok()) {
     stream->Close(bad);
   } else {
-    loop_.Attach(request->lease(), stream);
+    loop->Attach(request->lease(), stream);
   }
   return stream.get();
 }

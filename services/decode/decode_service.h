@@ -12,9 +12,12 @@ namespace millrace::decode {
 
 class HandoffService final : public v1::Handoff::CallbackService {
  public:
-  // The loop must outlive the server that this service is registered with.
-  HandoffService(DecodeLoop& loop, RequestLimits limits, IncarnationId self)
-      : loop_(loop), limits_(limits), self_(self) {}
+  // Answers Unavailable until then. The loop must outlive the server that this service is registered with.
+  void Serve(DecodeLoop* loop, RequestLimits limits, IncarnationId self) {
+    limits_ = limits;
+    self_ = self;
+    loop_.store(loop);
+  }
 
   grpc::ServerUnaryReactor* Reserve(grpc::CallbackServerContext* context, const v1::ReserveRequest* request,
                                     v1::ReserveResponse* response) override;
@@ -28,20 +31,26 @@ class HandoffService final : public v1::Handoff::CallbackService {
                                     v1::ReleaseResponse* response) override;
 
  private:
-  DecodeLoop& loop_;
-  const RequestLimits limits_;
-  const IncarnationId self_;
+  // OK if serving and the lease is one of ours.
+  absl::Status Check(const v1::LeaseRef& lease) const;
+
+  RequestLimits limits_;  // set before loop_, as self_
+  IncarnationId self_;
+  std::atomic<DecodeLoop*> loop_{nullptr};
 };
 
 class DecodeService final : public v1::Decode::CallbackService {
  public:
-  DecodeService(DecodeLoop& loop, IncarnationId self) : loop_(loop), self_(self) {}
+  void Serve(DecodeLoop* loop, IncarnationId self) {
+    self_ = self;
+    loop_.store(loop);
+  }
   grpc::ServerWriteReactor<v1::DecodeEvent>* Decode(grpc::CallbackServerContext* context,
                                                     const v1::DecodeRequest* request) override;
 
  private:
-  DecodeLoop& loop_;
-  const IncarnationId self_;
+  IncarnationId self_;  // set before loop_
+  std::atomic<DecodeLoop*> loop_{nullptr};
 };
 
 }  // namespace millrace::decode

@@ -67,14 +67,15 @@ void PrefillLoop::FlushThenCommit(Prompt& prompt) {
     commands->Post([this, id, flushed = std::move(flushed)](absl::Time) {
       const auto it = prompts_.find(id);
       if (it == prompts_.end() || it->second.phase != PromptPhase::kSending) return;
-      Prompt& prompt = it->second;
+      Prompt& sender = it->second;
       if (!flushed.ok()) {
         if (metrics_ != nullptr) metrics_->CountTransferFailure("send");
-        return End(prompt, AtDecode(prompt, "sending", flushed));
+        return End(sender, AtDecode(sender, "sending", flushed));
       }
-      if (const absl::Status injected = failpoints::Hit("p.after_transfer"); !injected.ok())
-        return End(prompt, injected);
-      StartCommit(prompt);
+      if (const absl::Status injected = failpoints::Hit("p.after_transfer"); !injected.ok()) {
+        return End(sender, injected);
+      }
+      StartCommit(sender);
     });
   });
 }
@@ -205,8 +206,8 @@ void PrefillLoop::SettleLease(Prompt& prompt, const std::string& reason) {
         commands->Post([this, id, reason, ok = answer.ok(), code = answer.status().code()](absl::Time) {
           const auto it = prompts_.find(id);
           if (it == prompts_.end()) return;
-          Prompt& prompt = it->second;
-          const bool retry = !ok && prompt.abort_tries < kMaxAbortTries && !stopping_ &&
+          Prompt& ending = it->second;
+          const bool retry = !ok && ending.abort_tries < kMaxAbortTries && !stopping_ &&
                              (code == absl::StatusCode::kUnavailable || code == absl::StatusCode::kDeadlineExceeded);
           if (retry) {
             transport_.RunAfter(kAbortRetry, [this, commands = commands_, id, reason] {
@@ -217,7 +218,7 @@ void PrefillLoop::SettleLease(Prompt& prompt, const std::string& reason) {
             });
             return;
           }
-          prompt.lease_settled = true;
+          ending.lease_settled = true;
           EraseIfGone(id);
         });
       });

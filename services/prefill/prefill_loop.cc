@@ -88,7 +88,7 @@ void PrefillLoop::Stop() {
 
 void PrefillLoop::FillStatus(v1::WorkerStatus& status) const {
   std::lock_guard<std::mutex> lock(status_mutex_);
-  status.MergeFrom(status_);
+  status.MergeFrom(published_);
 }
 
 // --- The round ---
@@ -264,9 +264,9 @@ void PrefillLoop::Step(const sched::PrefillPlan& plan) {
   const absl::Time now = MonotonicNow();
   {
     std::lock_guard<std::mutex> lock(status_mutex_);
-    status_.set_steps(status_.steps() + 1);
-    status_.set_last_step_us(static_cast<uint32_t>(absl::ToInt64Microseconds(now - began)));
-    if (outputs.ok()) status_.set_tokens_total(status_.tokens_total() + rows);
+    published_.set_steps(published_.steps() + 1);
+    published_.set_last_step_us(static_cast<uint32_t>(absl::ToInt64Microseconds(now - began)));
+    if (outputs.ok()) published_.set_tokens_total(published_.tokens_total() + rows);
   }
   if (metrics_ != nullptr) {
     metrics_->ObserveStep(absl::ToDoubleSeconds(now - began), rows);
@@ -319,12 +319,12 @@ void PrefillLoop::Publish() {
     queued_tokens += prompt.ids.size() - static_cast<size_t>(prompt.tokens_done);
   }
   std::lock_guard<std::mutex> lock(status_mutex_);
-  status_.set_queued(queued);
-  status_.set_queued_tokens(queued_tokens);
-  status_.set_running(running);
-  status_.set_pages_free(usage.pages_free);
-  status_.set_slots_free(usage.slots_free);
-  status_.set_work_pending(queued + running > 0);
+  published_.set_queued(queued);
+  published_.set_queued_tokens(queued_tokens);
+  published_.set_running(running);
+  published_.set_pages_free(usage.pages_free);
+  published_.set_slots_free(usage.slots_free);
+  published_.set_work_pending(queued + running > 0);
   if (metrics_ == nullptr) return;
   metrics_->queued().Set(queued);
   metrics_->running().Set(running);

@@ -108,7 +108,7 @@ class PrefillLoop {
 
   std::atomic<int> live_prompts_{0};
   mutable std::mutex status_mutex_;
-  v1::WorkerStatus status_;  // guarded by status_mutex_
+  v1::WorkerStatus published_;  // guarded by status_mutex_
   std::thread thread_;
 };
 

@@ -15,13 +15,15 @@ constexpr size_t kMaxTransferAddressBytes = 8 << 10;
 
 class PrefillStream final : public EventWriter<v1::PrefillEvent>, public PrefillSink {
  public:
-  explicit PrefillStream(PrefillLoop& loop) : loop_(loop) {}
+  explicit PrefillStream(PrefillLoop* loop) : loop_(loop) {}
   void OnEvent(v1::PrefillEvent event) override { Send(std::move(event)); }
   void OnClose(absl::Status status) override { Close(std::move(status)); }
 
  private:
-  void OnCancelled() override { loop_.Cancel(this); }
-  PrefillLoop& loop_;
+  void OnCancelled() override {
+    if (loop_ != nullptr) loop_->Cancel(this);
+  }
+  PrefillLoop* const loop_;
 };
 
 }  // namespace
@@ -50,13 +52,18 @@ absl::StatusOr<absl::Duration> CheckPrefillRequest(const v1::PrefillRequest& req
 
 grpc::ServerWriteReactor<v1::PrefillEvent>* PrefillService::Prefill(grpc::CallbackServerContext*,
                                                                     const v1::PrefillRequest* request) {
-  auto stream = std::make_shared<PrefillStream>(loop_);
+  PrefillLoop* const loop = loop_.load();
+  auto stream = std::make_shared<PrefillStream>(loop);
   stream->KeepUntilDone();
+  if (loop == nullptr) {
+    stream->Close(absl::UnavailableError("the prefill worker is loading"));
+    return stream.get();
+  }
   const auto time_left = CheckPrefillRequest(*request, limits_);
   if (!time_left.ok()) {
     stream->Close(time_left.status());
   } else {
-    loop_.Submit(*request, *time_left, stream);
+    loop->Submit(*request, *time_left, stream);
   }
   return stream.get();
 }
@@ -65,12 +72,14 @@ grpc::ServerUnaryReactor* PrefillService::Abort(grpc::CallbackServerContext* con
                                                 const v1::AbortPrefillRequest* request,
                                                 v1::AbortPrefillResponse* response) {
   auto* reactor = context->DefaultReactor();
-  const absl::Status bad = CheckRequestId(request->request_id());
+  PrefillLoop* const loop = loop_.load();
+  const absl::Status bad =
+      loop == nullptr ? absl::UnavailableError("the prefill worker is loading") : CheckRequestId(request->request_id());
   if (!bad.ok()) {
     reactor->Finish(ToGrpcStatus(bad));
     return reactor;
   }
-  loop_.Abort(*request, [reactor, response](bool was_live) {
+  loop->Abort(*request, [reactor, response](bool was_live) {
     response->set_was_live(was_live);
     reactor->Finish(grpc::Status::OK);
   });

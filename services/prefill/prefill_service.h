@@ -12,8 +12,11 @@ namespace millrace::prefill {
 
 class PrefillService final : public v1::Prefill::CallbackService {
  public:
-  // The loop must outlive the server that this service is registered with.
-  PrefillService(PrefillLoop& loop, RequestLimits limits) : loop_(loop), limits_(limits) {}
+  // Answers Unavailable until then. The loop must outlive the server that this service is registered with.
+  void Serve(PrefillLoop* loop, RequestLimits limits) {
+    limits_ = limits;
+    loop_.store(loop);
+  }
 
   grpc::ServerWriteReactor<v1::PrefillEvent>* Prefill(grpc::CallbackServerContext* context,
                                                       const v1::PrefillRequest* request) override;
@@ -21,8 +24,8 @@ class PrefillService final : public v1::Prefill::CallbackService {
                                   v1::AbortPrefillResponse* response) override;
 
  private:
-  PrefillLoop& loop_;
-  const RequestLimits limits_;
+  RequestLimits limits_;  // set before loop_
+  std::atomic<PrefillLoop*> loop_{nullptr};
 };
 
 // InvalidArgument with the field's name, or what is left of the request's time.

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// See worker_core.h.
+#include "services/common/worker_core.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "engine/status.h"
+#include "kvtransfer/ucx_transport.h"
+#include "services/common/clock.h"
+#include "services/common/generation_spec.h"
+#include "spdlog/spdlog.h"
+
+namespace millrace {
+namespace {
+
+constexpr char kSoftware[] = "millrace 0.1.0";
+constexpr absl::Duration kShutdownGrace = absl::Milliseconds(500);
+// A pass may be slow; it may not take much longer than the slowest one seen. The constant is for the first.
+constexpr absl::Duration kWatchdogBase = absl::Seconds(10);
+constexpr int kExitStuck = 70;
+
+const char* RoleWord(v1::Role role) {
+  switch (role) {
+    case v1::ROLE_PREFILL:
+      return "prefill";
+    case v1::ROLE_DECODE:
+      return "decode";
+    default:
+      return "expert";
+  }
+}
+
+}  // namespace
+
+WorkerCore::WorkerCore(WorkerConfig config, WorkerEnvironment environment)
+    : config_(std::move(config)),
+      environment_(std::move(environment)),
+      incarnation_(IncarnationId::Random()),
+      own_registry_(environment_.registry == nullptr ? std::make_unique<prometheus::Registry>() : nullptr),
+      metrics_(environment_.registry == nullptr ? *own_registry_ : *environment_.registry, RoleWord(config_.role),
+               config_.worker().name()),
+      last_progress_(MonotonicNow()) {}
+
+WorkerCore::~WorkerCore() { Shutdown(); }
+
+absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services) {
+  ASSIGN_OR_RETURN(server_, RpcServer::Start({config_.worker().listen()}, services));
+  address_ = AdvertisedAddress();
+  JoinOptions options;
+  options.router_address = config_.cluster.router().control_address();
+  options.heartbeat = Ms(config_.cluster.timers().heartbeat_ms());
+  options.dead_after = Ms(config_.cluster.timers().dead_after_ms());
+  options.hello.set_role(config_.role);
+  options.hello.set_name(config_.worker().name());
+  incarnation_.To(options.hello.mutable_incarnation());
+  options.hello.set_wire_version(kWireVersion);
+  options.hello.set_control_address(address_);
+  options.hello.set_software(kSoftware);
+  JoinCallbacks callbacks;
+  callbacks.fill_status = [this](v1::WorkerStatus& status) { FillStatus(status); };
+  callbacks.on_router = [this](const IncarnationId& router) {
+    const bool changed = !router_.empty() && router != router_;
+    router_ = router;
+    std::lock_guard<std::mutex> lock(hooks_mutex_);
+    if (changed && hooks_.on_new_router) hooks_.on_new_router(router);
+  };
+  callbacks.on_router_lost = [this](const std::string& why) {
+    spdlog::warn("{} {}: {}: ending its work", RoleWord(config_.role), config_.worker().name(), why);
+    std::lock_guard<std::mutex> lock(hooks_mutex_);
+    if (hooks_.on_router_lost) hooks_.on_router_lost(why);
+  };
+  callbacks.on_peers = [this](const v1::PeerList& peers) {
+    std::lock_guard<std::mutex> lock(hooks_mutex_);
+    last_peers_ = peers;
+    if (hooks_.on_peers) hooks_.on_peers(peers);
+  };
+  callbacks.on_drain = [this](const v1::Drain& drain) {
+    spdlog::info("{} {}: the router asks for a drain: {}", RoleWord(config_.role), config_.worker().name(),
+                 drain.reason());
+    drain_requested_.store(true);
+  };
+  join_ = std::make_unique<JoinClient>(std::move(options), std::move(callbacks));
+  spdlog::info("{} {} listening on {} incarnation {}", RoleWord(config_.role), config_.worker().name(), address_,
+               incarnation_.ToString());
+  return absl::OkStatus();
+}
+
+// A wildcard address cannot be dialled; the host's name can, in a cluster whose names resolve.
+std::string WorkerCore::AdvertisedAddress() const {
+  if (!config_.worker().advertise().empty()) return config_.worker().advertise();
+  const std::string& bound = server_->address();
+  if (!absl::StartsWith(bound, "0.0.0.0:") && !absl::StartsWith(bound, "[::]:")) return bound;
+  char host[256] = "localhost";
+  gethostname(host, sizeof(host) - 1);
+  return absl::StrCat(host, ":", server_->port());
+}
+
+absl::Status WorkerCore::MakeTransport() {
+  if (environment_.make_transport) {
+    ASSIGN_OR_RETURN(transport_, environment_.make_transport());
+    return absl::OkStatus();
+  }
+  if (config_.cluster.transfer().transport() != "ucx") {
+    return absl::FailedPreconditionError("transfer.transport: loopback works only where all roles share a process");
+  }
+  kvtransfer::TransportOptions options;
+  options.name = config_.worker().name();
+  ASSIGN_OR_RETURN(transport_, kvtransfer::CreateUcxTransport(options));
+  for (absl::string_view line : {absl::string_view(transport_->Describe())}) {
+    spdlog::info("{} {} transport: {}", RoleWord(config_.role), config_.worker().name(), std::string(line));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::shared_ptr<const Checkpoint>> WorkerCore::OpenCheckpoint() {
+  if (environment_.checkpoint != nullptr) return environment_.checkpoint;
+  ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> checkpoint, Checkpoint::Open(config_.cluster.model().path()));
+  return std::shared_ptr<const Checkpoint>(std::move(checkpoint));
+}
+
+absl::StatusOr<Numerics> WorkerCore::ChooseNumerics(const Checkpoint& checkpoint) const {
+  const bool quantised = checkpoint.config().weight_format == WeightFormat::kFp8;
+  const std::string& asked = config_.cluster.model().numerics();
+  if (asked == "exact" || (asked.empty() && !quantised)) return Numerics::kExact;
+  if (!quantised) {
+    return absl::InvalidArgumentError("model.numerics: release needs a quantised checkpoint, this one is not");
+  }
+  return Numerics::kRelease;
+}
+
+void WorkerCore::ReportProgress(int64_t done, int64_t total) {
+  load_done_.store(done);
+  load_total_.store(total);
+  metrics_.SetLoad(done, total);
+  if (environment_.progress) environment_.progress(done, total);
+}
+
+void WorkerCore::SetReady(WorkerHooks hooks, v1::WorkerReady ready) {
+  ready.set_model_id(config_.cluster.model().id());
+  if (transport_ != nullptr) ready.set_transfer_address(transport_->address());
+  {
+    std::lock_guard<std::mutex> lock(hooks_mutex_);
+    hooks_ = std::move(hooks);
+    if (hooks_.on_peers && last_peers_.version() > 0) hooks_.on_peers(last_peers_);
+  }
+  ready_.store(true);
+  server_->SetServing(true);
+  join_->SetReady(std::move(ready));
+}
+
+void WorkerCore::Nudge() {
+  if (join_ != nullptr) join_->Nudge();
+}
+
+void WorkerCore::FillStatus(v1::WorkerStatus& status) {
+  WorkerHooks hooks;
+  {
+    std::lock_guard<std::mutex> lock(hooks_mutex_);
+    hooks = hooks_;
+  }
+  status.set_load_bytes_done(static_cast<uint64_t>(load_done_.load()));
+  status.set_load_bytes_total(static_cast<uint64_t>(load_total_.load()));
+  if (hooks.fill_status) hooks.fill_status(status);
+  if (draining_.load()) {
+    status.set_state(v1::WORKER_STATE_DRAINING);
+  } else if (!ready_.load()) {
+    status.set_state(v1::WORKER_STATE_LOADING);
+  } else {
+    const absl::Status waiting = hooks.ready ? hooks.ready() : absl::OkStatus();
+    status.set_state(waiting.ok() ? v1::WORKER_STATE_READY : v1::WORKER_STATE_WAITING);
+    status.set_detail(std::string(waiting.message()));
+  }
+  CheckProgress(status);
+}
+
+void WorkerCore::CheckProgress(const v1::WorkerStatus& status) {
+  const absl::Time now = MonotonicNow();
+  longest_step_us_ = std::max(longest_step_us_, status.last_step_us());
+  if (!status.work_pending() || status.steps() != watched_steps_) {
+    watched_steps_ = status.steps();
+    last_progress_ = now;
+    return;
+  }
+  const absl::Duration limit = kWatchdogBase + 4 * absl::Microseconds(longest_step_us_);
+  if (!environment_.watchdog || now - last_progress_ <= limit) return;
+  spdlog::critical("{} {}: work is pending and no pass has ended for {}: exiting", RoleWord(config_.role),
+                   config_.worker().name(), absl::FormatDuration(now - last_progress_));
+  _exit(kExitStuck);
+}
+
+void WorkerCore::Drain(const std::function<bool()>& idle, absl::Duration grace) {
+  draining_.store(true);
+  if (server_ != nullptr) server_->SetServing(false);
+  Nudge();
+  const absl::Time end = MonotonicNow() + grace;
+  while (!idle() && MonotonicNow() < end) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+}
+
+void WorkerCore::Shutdown() {
+  if (server_ != nullptr) server_->Shutdown(kShutdownGrace);
+  if (join_ != nullptr) join_->Stop();
+  if (transport_ != nullptr) transport_->Close();
+}
+
+}  // namespace millrace
