@@ -122,7 +122,7 @@ class Equality : public testing::TestWithParam<Subject> {
 TEST_P(Equality, AnyChunkingGivesTheBitsOfOnePass) {
   const std::unique_ptr<Engine> engine = MakeEngine(GetParam().model, Options(GetParam()));
   const std::vector<int32_t> tokens = NoteTokens(GetParam(), kTokens);
-  const Observed reference = Run(*engine, {.tokens = tokens});
+  const Observed reference = RunFresh(*engine, {.tokens = tokens});
 
   std::map<std::string, std::vector<int>> cuts;
   cuts["one token at a time"] = Cut(kTokens, 1, 1);
@@ -136,7 +136,7 @@ TEST_P(Equality, AnyChunkingGivesTheBitsOfOnePass) {
 
   for (const auto& [name, sizes] : cuts) {
     SCOPED_TRACE(name);
-    const Observed found = Run(*engine, {.tokens = tokens, .chunks = sizes});
+    const Observed found = RunFresh(*engine, {.tokens = tokens, .chunks = sizes});
     ExpectSameBits(found.logits, reference, 0, vocab(*engine));
     if (HasFailure()) break;  // one cut that differs says enough
   }
@@ -145,11 +145,11 @@ TEST_P(Equality, AnyChunkingGivesTheBitsOfOnePass) {
 TEST_P(Equality, LaterTokensOfThePassChangeNothing) {
   const std::unique_ptr<Engine> engine = MakeEngine(GetParam().model, Options(GetParam()));
   const std::vector<int32_t> tokens = NoteTokens(GetParam(), kTokens);
-  const Observed reference = Run(*engine, {.tokens = tokens});
+  const Observed reference = RunFresh(*engine, {.tokens = tokens});
   for (const int length : {1,   2,   3,   4,   5,   6,   7,   8,   63,  64,  65,  127, 128, 129, 131,
                            132, 133, 255, 256, 257, 258, 511, 512, 513, 514, 515, 516, 640, 699}) {
     SCOPED_TRACE(absl::StrCat(length, " tokens"));
-    const Observed found = Run(*engine, {.tokens = absl::MakeConstSpan(tokens).subspan(0, length)});
+    const Observed found = RunFresh(*engine, {.tokens = absl::MakeConstSpan(tokens).subspan(0, length)});
     ExpectSameBits(found.logits, reference, 0, vocab(*engine));
   }
 }
@@ -198,7 +198,7 @@ TEST_P(Equality, BatchedWithOthersGivesTheBitsOfAlone) {
   std::vector<Runner> runners;
   runners.push_back({NoteTokens(GetParam(), kTokens)});
   for (const int length : {3, 61, 128, 133, 300, 530}) runners.push_back({RandomTokens(GetParam(), length, length)});
-  for (Runner& runner : runners) runner.alone = Run(*engine, {.tokens = runner.tokens});
+  for (Runner& runner : runners) runner.alone = RunFresh(*engine, {.tokens = runner.tokens});
 
   for (int seed = 0; seed < (LongTests() ? 60 : 4); ++seed) {
     SCOPED_TRACE(absl::StrCat("seed ", seed));
@@ -242,7 +242,7 @@ TEST_P(Equality, DecodeBatchOfEverySizeGivesTheBitsOfAlone) {
   std::vector<Runner> runners;
   for (const int length : {1, 5, 62, 127, 200, 256, 400, 560})  // where the first decode step falls
     runners.push_back({RandomTokens(GetParam(), length + kSteps, length)});
-  for (Runner& runner : runners) runner.alone = Run(*engine, {.tokens = runner.tokens});
+  for (Runner& runner : runners) runner.alone = RunFresh(*engine, {.tokens = runner.tokens});
   std::mt19937 random(7);
   for (size_t batch = 1; batch <= runners.size(); ++batch) {
     SCOPED_TRACE(absl::StrCat(batch, " sequences"));
@@ -300,7 +300,7 @@ class StateTransfer : public testing::TestWithParam<Subject> {
     target_ = MakeEngine(GetParam().model, options);
     ScatterPages(*target_);
     tokens_ = NoteTokens(GetParam(), ContinueUntil(LastLength()));
-    reference_ = Run(*source_, {.tokens = tokens_});
+    reference_ = RunFresh(*source_, {.tokens = tokens_});
   }
 
   static int LastLength() { return LongTests() ? 600 : 300; }
@@ -442,7 +442,7 @@ TEST_P(Equality, AnyPartitionOfExpertsGivesTheBitsOfAllLocal) {
   Observed reference;
   {
     const std::unique_ptr<Engine> local = MakeEngine(GetParam().model, options);
-    reference = Run(*local, {.tokens = tokens});
+    reference = RunFresh(*local, {.tokens = tokens});
   }
   const int num_experts = OpenModel(GetParam().model)->config().n_routed_experts;
   const auto experts_where = [&](auto predicate) {
@@ -470,7 +470,7 @@ TEST_P(Equality, AnyPartitionOfExpertsGivesTheBitsOfAllLocal) {
     options.exchange = &exchange;
     const std::unique_ptr<Engine> engine = MakeEngine(GetParam().model, options);
     std::mt19937 random(seed);
-    const Observed found = Run(*engine, {.tokens = tokens, .chunks = RandomCut(kTokens, random)});
+    const Observed found = RunFresh(*engine, {.tokens = tokens, .chunks = RandomCut(kTokens, random)});
     ExpectSameBits(found.logits, reference, 0, vocab(*engine));
     ExpectSameMtp(found, reference, 0, kTokens - 1);
     EXPECT_GT(exchange.pieces_computed(), 0);
@@ -484,19 +484,19 @@ TEST_P(Equality, TwoThreadsGiveTheBitsOfOne) {
   Observed reference;
   {
     const std::unique_ptr<Engine> engine = MakeEngine(GetParam().model, options);
-    reference = Run(*engine, {.tokens = tokens});
+    reference = RunFresh(*engine, {.tokens = tokens});
   }
   for (const int num_threads : {2, 3}) {
     SCOPED_TRACE(absl::StrCat(num_threads, " threads"));
     options.num_threads = num_threads;
     const std::unique_ptr<Engine> engine = MakeEngine(GetParam().model, options);
     for (const std::vector<int>& sizes : {Cut(kTokens, 768, 768), Cut(kTokens, 129, 128)}) {
-      const Observed found = Run(*engine, {.tokens = tokens, .chunks = sizes});
+      const Observed found = RunFresh(*engine, {.tokens = tokens, .chunks = sizes});
       ExpectSameBits(found.logits, reference, 0, vocab(*engine));
       ExpectSameMtp(found, reference, 0, kTokens - 1);
     }
     const auto start = absl::MakeConstSpan(tokens).first(140);
-    ExpectSameBits(Run(*engine, {.tokens = start, .chunks = Cut(140, 1, 1)}).logits, reference, 0, vocab(*engine));
+    ExpectSameBits(RunFresh(*engine, {.tokens = start, .chunks = Cut(140, 1, 1)}).logits, reference, 0, vocab(*engine));
   }
 }
 

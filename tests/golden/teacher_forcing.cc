@@ -81,7 +81,7 @@ std::unique_ptr<Engine> MakeEngine(const std::string& model_dir, EngineOptions o
   return std::move(*engine);
 }
 
-Observed Run(Engine& engine, const Pass& pass) {
+Observed RunFresh(Engine& engine, const Pass& pass) {
   absl::StatusOr<SequenceId> sequence = engine.NewSequence(static_cast<int64_t>(pass.tokens.size()));
   CHECK(sequence.ok(), sequence.status().ToString());
   Observed observed = Continue(engine, *sequence, pass);
@@ -204,6 +204,11 @@ double Median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   const size_t half = values.size() / 2;
   return values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
+}
+
+double Mean(const std::vector<double>& values) {
+  CHECK(!values.empty());
+  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
 }
 
 }  // namespace millrace::golden

@@ -44,7 +44,7 @@ struct Pass {
 };
 
 // Runs a fresh sequence over all tokens and releases it.
-Observed Run(Engine& engine, const Pass& pass);
+Observed RunFresh(Engine& engine, const Pass& pass);
 // Continues `sequence`, whose length is the position of tokens[0]; positions are of the sequence. Does not release.
 Observed Continue(Engine& engine, SequenceId sequence, const Pass& pass);
 
@@ -77,5 +77,6 @@ int64_t FirstDifferentBit(absl::Span<const float> a, absl::Span<const float> b);
 // ln softmax(logits), in double.
 std::vector<double> LogProbabilities(absl::Span<const float> logits);
 double Median(std::vector<double> values);
+double Mean(const std::vector<double>& values);
 
 }  // namespace millrace::golden
