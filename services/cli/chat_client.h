@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// One streamed chat answer from a router, printed as it comes: what `chat` and `up --once` share.
+#pragma once
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "nlohmann/json.hpp"
+
+namespace millrace::cli {
+
+struct ChatAnswer {
+  std::string content, reasoning, finish_reason;
+  nlohmann::ordered_json tool_calls = nlohmann::ordered_json::array();
+  int64_t prompt_tokens = 0, completion_tokens = 0;
+  double first_token_s = 0, total_s = 0;
+};
+
+// `body` is a request of /v1/chat/completions; it is sent with stream and usage on. Text goes to standard output,
+// reasoning dimmed on a terminal. Errors carry the server's own words.
+absl::StatusOr<ChatAnswer> StreamChat(const std::string& address, nlohmann::ordered_json body);
+
+// "12 tokens in 0.4 s (first after 0.1 s, 40 a second)".
+std::string DescribeSpeed(const ChatAnswer& answer);
+
+}  // namespace millrace::cli

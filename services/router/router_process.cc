@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+// Wiring: model texts, loop, registry, flow, the two fronts, three kinds of port; and their end in reverse.
+#include "services/router/router_process.h"
+
+#include <algorithm>
+#include <chrono>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "engine/model/config.h"
+#include "engine/status.h"
+#include "engine/text/chat_encoding.h"
+#include "engine/text/tokenizer.h"
+#include "services/common/metrics.h"
+#include "services/common/rpc.h"
+#include "services/router/cluster_service.h"
+#include "services/router/http_server.h"
+#include "services/router/openai_api.h"
+#include "services/router/request_flow.h"
+#include "services/router/router_service.h"
+#include "spdlog/spdlog.h"
+
+namespace millrace::router {
+namespace {
+
+bool Off(const std::string& listen) { return listen == "off" || listen.empty(); }
+
+absl::StatusOr<std::pair<std::string, uint16_t>> SplitListen(const std::string& field, const std::string& listen) {
+  const size_t colon = listen.rfind(':');
+  uint32_t port = 0;
+  if (colon == std::string::npos || !absl::SimpleAtoi(listen.substr(colon + 1), &port) || port > 65535) {
+    return absl::InvalidArgumentError(absl::StrCat(field, ": found \"", listen, "\", expected host:port"));
+  }
+  std::string host = listen.substr(0, colon);
+  if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  return std::make_pair(host, static_cast<uint16_t>(port));
+}
+
+const char* RoleWord(v1::Role role) {
+  return role == v1::ROLE_PREFILL ? "prefill" : role == v1::ROLE_DECODE ? "decode" : "expert";
+}
+
+const char* StateWord(const WorkerView& worker) {
+  switch (worker.status.state()) {
+    case v1::WORKER_STATE_READY: return worker.ready ? "ready" : "loading";
+    case v1::WORKER_STATE_DRAINING: return "draining";
+    case v1::WORKER_STATE_WAITING: return "waiting";
+    default: return "loading";
+  }
+}
+
+Json StatusJson(const RequestFlow& flow) {
+  const auto now = std::chrono::steady_clock::now();
+  const std::shared_ptr<const ClusterSnapshot> snapshot = flow.snapshot();
+  Json workers = Json::array();
+  for (const WorkerView& worker : snapshot->workers) {
+    const auto ms = [&](TimePoint then) { return std::chrono::duration_cast<milliseconds>(now - then).count(); };
+    workers.push_back(Json{{"role", RoleWord(worker.role)},
+                           {"name", worker.name},
+                           {"incarnation", worker.incarnation.ToString()},
+                           {"address", worker.control_address},
+                           {"state", StateWord(worker)},
+                           {"detail", worker.status.detail()},
+                           {"suspect", now - worker.last_heard > snapshot->suspect_after},
+                           {"up_ms", ms(worker.joined)},
+                           {"heard_ms_ago", ms(worker.last_heard)},
+                           {"load_bytes_done", worker.status.load_bytes_done()},
+                           {"load_bytes_total", worker.status.load_bytes_total()},
+                           {"compat_hash", worker.serves.compat_hash()},
+                           {"kernel_set", worker.serves.kernel_set()},
+                           {"running", worker.status.running()},
+                           {"queued", worker.status.queued()},
+                           {"leased", worker.status.leased()},
+                           {"pages_free", worker.status.pages_free()},
+                           {"pages_total", worker.serves.capacity().pages_total()},
+                           {"slots_free", worker.status.slots_free()},
+                           {"slots_total", worker.serves.capacity().slots_total()},
+                           {"steps", worker.status.steps()},
+                           {"tokens_total", worker.status.tokens_total()},
+                           {"assigned_requests", worker.assigned.requests},
+                           {"assigned_pages", worker.assigned.pages},
+                           {"assigned_prompt_tokens", worker.assigned.prompt_tokens}});
+  }
+  const absl::Status ready = flow.Ready();
+  return Json{{"ready", ready.ok()},
+              {"reason", std::string(ready.message())},
+              {"open_generations", flow.open_generations()},
+              {"open_attempts", flow.open_attempts()},
+              {"workers", std::move(workers)}};
+}
+
+class RouterProcessImpl final : public RouterProcess {
+ public:
+  absl::Status Open(const v1::ClusterConfig& config) {
+    config_ = config;
+    RETURN_IF_ERROR(LoadModel());
+    http_metrics_.emplace(registry_metrics_, model_.id);
+    flow_metrics_.emplace(registry_metrics_);
+    const IncarnationId self = IncarnationId::Random();
+    const v1::TimerSection& timers = config.timers();
+    registry_.emplace(RegistryOptions{.router = self,
+                                      .heartbeat = milliseconds(timers.heartbeat_ms()),
+                                      .dead_after = milliseconds(timers.dead_after_ms())});
+    FlowOptions options;
+    options.router = self;
+    options.end_ids = {model_config_.eos_token_id};
+    options.max_requests = static_cast<int>(config.router().max_requests());
+    options.queue_timeout = milliseconds(config.router().queue_timeout_ms());
+    options.lease_ttl = milliseconds(timers.lease_ttl_ms());
+    options.abort_timeout = milliseconds(timers.abort_timeout_ms());
+    options.default_deadline = milliseconds(config.router().default_deadline_ms());
+    flow_.emplace(loop_, *registry_, options, *flow_metrics_);
+    cluster_service_.emplace(loop_, *registry_);
+    RETURN_IF_ERROR(OpenInternal());
+    return OpenFronts();
+  }
+
+  ~RouterProcessImpl() override {
+    // Fronts first, so that nobody starts what the flow would have to end; then workers' streams; then the loop.
+    http_.reset();
+    operator_.reset();
+    if (public_grpc_ != nullptr) public_grpc_->Shutdown(absl::ZeroDuration());
+    public_grpc_.reset();
+    api_.reset();
+    flow_.reset();
+    if (registry_) loop_.Call([this](TimePoint) { registry_->CloseAll("the router is shutting down"); });
+    if (internal_grpc_ != nullptr) internal_grpc_->Shutdown(absl::Milliseconds(500));
+    internal_grpc_.reset();
+  }
+
+  void WaitAndDrain(const StopSignal& stop) override {
+    stop.Wait();
+    const auto grace = milliseconds(config_.timers().drain_grace_ms());
+    spdlog::info("draining: {} generations are running", flow_->open_generations());
+    if (public_grpc_ != nullptr) public_grpc_->SetServing(false);
+    if (api_ != nullptr) api_->BeginDrain();
+    flow_->StopAccepting();
+    if (http_ != nullptr) http_->BeginDrain();
+    const TimePoint until = std::chrono::steady_clock::now() + grace;
+    const auto busy = [this] {
+      return flow_->open_generations() > 0 || (api_ != nullptr && api_->num_requests() > 0);
+    };
+    while (busy() && std::chrono::steady_clock::now() < until) std::this_thread::sleep_for(milliseconds(20));
+    if (busy()) spdlog::warn("drain grace is over: ending {} generations", flow_->open_generations());
+  }
+
+  std::string http_address() const override { return http_address_; }
+  std::string operator_address() const override { return operator_address_; }
+  std::string grpc_address() const override { return public_grpc_ == nullptr ? "" : public_grpc_->address(); }
+  std::string control_address() const override { return internal_grpc_->address(); }
+
+ private:
+  absl::Status LoadModel() {
+    const v1::ModelSection& section = config_.model();
+    ASSIGN_OR_RETURN(model_config_, ModelConfig::Load(section.path()));
+    ASSIGN_OR_RETURN(tokenizer_, text::Tokenizer::Load(section.path() + "/tokenizer.json",
+                                                       static_cast<int>(model_config_.vocab_size)));
+    model_.id = section.id();
+    model_.created_unix_s = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
+    int64_t context = model_config_.max_position_embeddings;
+    if (section.max_context_tokens() > 0) {
+      context = std::min<int64_t>(context, static_cast<int64_t>(section.max_context_tokens()));
+    }
+    model_.context_length = static_cast<int32_t>(std::min<int64_t>(context, INT32_MAX));
+    model_.vocab_size = static_cast<int32_t>(model_config_.vocab_size);
+    model_.tokenizer = tokenizer_.get();
+    model_.chat_defaults.release =
+        model_config_.dspark ? text::EncoderRelease::kDspark : text::EncoderRelease::kPreview;
+    model_.chat_defaults.thinking = config_.router().default_thinking();
+    model_.default_max_tokens = static_cast<int32_t>(config_.router().max_tokens_limit());
+    return absl::OkStatus();
+  }
+
+  absl::Status OpenInternal() {
+    RpcServerOptions options;
+    options.listen = config_.router().control_listen();
+    ASSIGN_OR_RETURN(internal_grpc_, RpcServer::Start(options, {&*cluster_service_}));
+    internal_grpc_->SetServing(true);
+    return absl::OkStatus();
+  }
+
+  absl::Status OpenFronts() {
+    const v1::RouterSection& section = config_.router();
+    ApiLimits limits;
+    limits.max_requests = std::max<size_t>(section.max_requests(), 1);
+    limits.default_timeout = milliseconds(section.default_deadline_ms());
+    OpenAiApiOptions api;
+    api.model = model_;
+    api.limits = limits;
+    api.generations = &*flow_;
+    api.registry = &registry_metrics_;
+    api.metrics = &*http_metrics_;
+    api.status = [this] { return StatusJson(*flow_); };
+    api_ = std::make_unique<OpenAiApi>(std::move(api));
+    if (!Off(section.http_listen())) {
+      ASSIGN_OR_RETURN(http_, OpenHttp("router.http_listen", section.http_listen(), section.max_connections(),
+                                       api_->PublicHandler(), http_address_));
+    }
+    if (!Off(section.operator_listen())) {
+      ASSIGN_OR_RETURN(operator_, OpenHttp("router.operator_listen", section.operator_listen(), 64,
+                                           api_->OperatorHandler(), operator_address_));
+    }
+    if (!Off(section.grpc_listen())) {
+      RouterServiceOptions service;
+      service.model = model_;
+      service.limits = limits;
+      service.generations = &*flow_;
+      const bool exact = config_.model().numerics() == "exact" ||
+                         (config_.model().numerics().empty() && model_config_.weight_format == WeightFormat::kPlain);
+      service.numerics = exact ? "exact" : "release";
+      inference_ = std::make_unique<RouterService>(std::move(service));
+      RpcServerOptions options;
+      options.listen = section.grpc_listen();
+      options.max_receive_bytes = kMaxPublicMessageBytes;
+      ASSIGN_OR_RETURN(public_grpc_, RpcServer::Start(options, {inference_.get()}));
+      public_grpc_->SetServing(true);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::unique_ptr<HttpServer>> OpenHttp(const std::string& field, const std::string& listen,
+                                                       size_t max_connections, HttpHandler handler,
+                                                       std::string& bound) {
+    ASSIGN_OR_RETURN(const auto address, SplitListen(field, listen));
+    HttpServerOptions options;
+    options.address = address.first;
+    options.port = address.second;
+    options.metrics = &*http_metrics_;
+    if (max_connections > 0) options.limits.max_connections = max_connections;
+    absl::StatusOr<std::unique_ptr<HttpServer>> server = HttpServer::Start(options, std::move(handler));
+    if (!server.ok()) {
+      return absl::Status(server.status().code(), absl::StrCat(field, " ", listen, ": ", server.status().message()));
+    }
+    bound = absl::StrCat(listen.substr(0, listen.rfind(':')), ":", (*server)->port());
+    return server;
+  }
+
+  v1::ClusterConfig config_;
+  ModelConfig model_config_;
+  std::unique_ptr<text::Tokenizer> tokenizer_;
+  ServedModel model_;
+  prometheus::Registry registry_metrics_;
+  std::optional<HttpMetrics> http_metrics_;
+  std::optional<FlowMetrics> flow_metrics_;
+  EventLoop loop_{"router-loop"};
+  std::optional<WorkerRegistry> registry_;
+  std::optional<RequestFlow> flow_;
+  std::optional<ClusterService> cluster_service_;
+  std::unique_ptr<RpcServer> internal_grpc_;
+  std::unique_ptr<OpenAiApi> api_;
+  std::unique_ptr<RouterService> inference_;
+  std::unique_ptr<RpcServer> public_grpc_;
+  std::unique_ptr<HttpServer> http_, operator_;
+  std::string http_address_, operator_address_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<RouterProcess>> RouterProcess::Start(const v1::ClusterConfig& config) {
+  auto process = std::make_unique<RouterProcessImpl>();
+  RETURN_IF_ERROR(process->Open(config));
+  return process;
+}
+
+}  // namespace millrace::router

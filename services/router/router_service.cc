@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: Apache-2.0
+// gRPC calls to generations and back: one reactor per call, which is also the sink of its generation.
+#include "services/router/router_service.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/status.h"
+#include "services/common/error.h"
+#include "services/common/grpc_status.h"
+#include "services/router/choice_text.h"
+#include "services/router/http_server.h"
+#include "services/router/inference_request.h"
+
+namespace millrace::router {
+
+// Request id -> how to cancel that call. Shared with reactors, which may outlive the service's last method call.
+class RouterService::Running {
+ public:
+  // False: an id that is running already.
+  bool Add(const std::string& id, std::function<void()> cancel) {
+    absl::MutexLock lock(&mutex_);
+    return calls_.emplace(id, std::move(cancel)).second;
+  }
+  void Remove(const std::string& id) {
+    absl::MutexLock lock(&mutex_);
+    calls_.erase(id);
+  }
+  bool Cancel(const std::string& id) {
+    std::function<void()> cancel;
+    {
+      absl::MutexLock lock(&mutex_);
+      const auto found = calls_.find(id);
+      if (found == calls_.end()) return false;
+      cancel = found->second;
+    }
+    cancel();
+    return true;
+  }
+
+ private:
+  absl::Mutex mutex_;
+  std::map<std::string, std::function<void()>> calls_ ABSL_GUARDED_BY(mutex_);
+};
+
+namespace {
+
+// Events that wait for a slow reader: beyond the first bound the sequence pauses, at the second the call ends.
+constexpr size_t kPauseAtEvents = 1024;
+constexpr size_t kEndAtEvents = 4096;
+
+// What a caller is told. The stable code word leads the message, for people; machines read the metadata.
+grpc::Status PublicStatus(grpc::CallbackServerContext* context, const absl::Status& status) {
+  const PublicError error = ToPublicError(status);
+  context->AddTrailingMetadata("millrace-error-code", error.error.code);
+  if (!error.error.param.empty()) context->AddTrailingMetadata("millrace-error-param", error.error.param);
+  if (error.error.retry_after_s) {
+    context->AddTrailingMetadata("grpc-retry-pushback-ms",
+                                 absl::StrCat(static_cast<int64_t>(*error.error.retry_after_s * 1000)));
+  }
+  return ToGrpcStatus(absl::Status(status.code(), absl::StrCat(error.error.code, ": ", error.message)));
+}
+
+void FillToken(const GeneratedToken& from, v1::Token* to) {
+  to->set_index(static_cast<uint64_t>(from.index));
+  to->set_id(static_cast<uint32_t>(from.id));
+  to->set_logprob(from.logprob);
+  for (const TokenLogprob& top : from.top_logprobs) {
+    v1::TokenLogprob* entry = to->add_top_logprobs();
+    entry->set_id(static_cast<uint32_t>(top.id));
+    entry->set_logprob(top.logprob);
+  }
+}
+
+void FillDelta(const text::CompletionDelta& delta, v1::GenerateEvent* event) {
+  event->mutable_tokens()->set_text(delta.content);
+}
+void FillDelta(const text::CompletionDelta& delta, v1::ChatEvent* event) {
+  v1::ChatDelta* out = event->mutable_delta();
+  out->set_content(delta.content);
+  out->set_reasoning_content(delta.reasoning);
+  for (const text::ToolCallDelta& call : delta.tool_calls) {
+    v1::ToolCallDelta* entry = out->add_tool_calls();
+    entry->set_index(static_cast<uint32_t>(call.index));
+    if (call.starts) {
+      entry->set_id("call_" + NewRequestId().substr(4));
+      entry->set_name(call.name);
+    }
+    entry->set_arguments_delta(call.arguments);
+  }
+}
+v1::Token* AddToken(v1::GenerateEvent* event) { return event->mutable_tokens()->add_tokens(); }
+v1::Token* AddToken(v1::ChatEvent* event) { return event->mutable_delta()->add_tokens(); }
+bool Empty(const v1::GenerateEvent& event) {
+  return event.tokens().text().empty() && event.tokens().tokens().empty();
+}
+bool Empty(const v1::ChatEvent& event) {
+  return event.delta().content().empty() && event.delta().reasoning_content().empty() &&
+         event.delta().tool_calls().empty() && event.delta().tokens().empty();
+}
+
+// One call. Referenced by gRPC until OnDone and by the generation as its sink.
+template <typename Event>
+class CallReactor final : public grpc::ServerWriteReactor<Event>, public GenerationSink {
+ public:
+  CallReactor(grpc::CallbackServerContext* context, std::shared_ptr<RouterService::Running> running, bool all_tokens)
+      : context_(context), running_(std::move(running)), all_tokens_(all_tokens) {}
+
+  // Never fails: what is wrong becomes the call's status.
+  void Start(std::shared_ptr<CallReactor> self, std::string request_id, absl::StatusOr<ApiRequest> request,
+             const text::Tokenizer& tokenizer, GenerationService& generations) {
+    self_ = std::move(self);
+    if (request_id.empty()) request_id = NewRequestId();
+    if (!request.ok()) return End(request.status());
+    const std::weak_ptr<CallReactor> weak = self_;
+    if (!running_->Add(request_id, [weak] {
+          if (const auto call = weak.lock()) call->CancelGeneration();
+        })) {
+      return End(MakeError(absl::StatusCode::kAlreadyExists, "a request with this id is running",
+                           {.code = "duplicate_request_id", .param = "request_id"}));
+    }
+    request_id_ = request_id;
+    request_ = *std::move(request);
+    text_.emplace(request_, tokenizer);
+
+    GenerationRequest generation;
+    // Unique even if the caller uses an id again.
+    generation.request_id = request_id;
+    generation.prompt_ids = request_.prompt_ids;
+    generation.sampling = request_.sampling;
+    if (!request_.has_seed) generation.sampling.seed = std::random_device{}();
+    seed_ = generation.sampling.seed;
+    generation.max_tokens = request_.max_tokens;
+    generation.min_tokens = request_.min_tokens;
+    generation.ignore_eos = request_.ignore_eos;
+    generation.num_logprobs = request_.num_logprobs;
+    generation.cache_salt = request_.cache_salt;
+    const auto left = context_->deadline() - std::chrono::system_clock::now();
+    if (left < std::chrono::hours(2)) {  // no deadline reads as one far away
+      generation.deadline =
+          std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::steady_clock::duration>(left);
+    }
+    auto started = generations.Start(std::move(generation), self_);
+    absl::MutexLock lock(&mutex_);
+    if (!started.ok()) return EndLocked(started.status());
+    if (!ended_) generation_ = *std::move(started);
+  }
+
+  void OnAdmitted(GenerationAdmission admission) override {
+    absl::MutexLock lock(&mutex_);
+    usage_.set_cached_prompt_tokens(static_cast<uint64_t>(admission.cached_prompt_tokens));
+  }
+
+  void OnToken(GeneratedToken token) override {
+    absl::MutexLock lock(&mutex_);
+    if (ended_) return;
+    ++completion_tokens_;
+    Event event;
+    FillDelta(text_->Push(token.id), &event);
+    if (all_tokens_ || request_.num_logprobs >= 0) FillToken(token, AddToken(&event));
+    if (!Empty(event)) Queue(std::move(event));
+    if (text_->stopped()) Complete(v1::FINISH_REASON_STOP);
+  }
+
+  void OnFinish(GenerationEnd end, GenerationUsage usage) override {
+    absl::MutexLock lock(&mutex_);
+    if (ended_) return;
+    usage_.set_cached_prompt_tokens(static_cast<uint64_t>(usage.cached_prompt_tokens));
+    Complete(end == GenerationEnd::kLength ? v1::FINISH_REASON_LENGTH : v1::FINISH_REASON_STOP);
+  }
+
+  void OnError(absl::Status status) override {
+    absl::MutexLock lock(&mutex_);
+    EndLocked(std::move(status));
+  }
+
+  void OnWriteDone(bool ok) override {
+    absl::MutexLock lock(&mutex_);
+    writing_ = false;
+    if (!ok) return EndLocked(absl::CancelledError("the caller has gone"));
+    if (paused_ && events_.size() < kPauseAtEvents / 2 && generation_ != nullptr) {
+      paused_ = false;
+      generation_->SetPaused(false);
+    }
+    WriteNext();
+  }
+
+  void OnCancel() override { CancelGeneration(); }
+
+  void OnDone() override {
+    running_->Remove(request_id_);
+    CancelGeneration();
+    self_.reset();
+  }
+
+  void CancelGeneration() {
+    std::unique_ptr<Generation> generation;
+    {
+      absl::MutexLock lock(&mutex_);
+      generation = std::move(generation_);
+      EndLocked(absl::CancelledError("cancelled"));
+    }
+  }
+
+ private:
+  void Complete(v1::FinishReason reason) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    Event rest;
+    FillDelta(text_->Finish(), &rest);
+    if (!Empty(rest)) Queue(std::move(rest));
+    if (reason == v1::FINISH_REASON_STOP && text_->num_tool_calls() > 0) reason = v1::FINISH_REASON_TOOL_CALLS;
+    Event last;
+    v1::GenerationEnd* end = last.mutable_end();
+    end->set_reason(reason);
+    usage_.set_prompt_tokens(request_.prompt_ids.size());
+    usage_.set_completion_tokens(static_cast<uint64_t>(completion_tokens_));
+    usage_.set_reasoning_tokens(static_cast<uint64_t>(text_->reasoning_tokens()));
+    *end->mutable_usage() = usage_;
+    end->set_seed(seed_);
+    end->set_request_id(request_id_);
+    Queue(std::move(last));
+    EndLocked(absl::OkStatus());
+  }
+
+  void End(absl::Status status) {
+    absl::MutexLock lock(&mutex_);
+    EndLocked(std::move(status));
+  }
+  // Nothing is queued any more; an error overtakes what is queued, a good end does not.
+  void EndLocked(absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (ended_) return;
+    ended_ = true;
+    if (!status.ok()) events_.clear();
+    end_ = std::move(status);
+    WriteNext();
+  }
+  void Queue(Event event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    events_.push_back(std::move(event));
+    if (events_.size() >= kEndAtEvents) {
+      if (generation_ != nullptr) generation_->Cancel();
+      return EndLocked(MakeError(absl::StatusCode::kResourceExhausted, "the caller reads too slowly",
+                                 {.code = "slow_consumer"}));
+    }
+    if (events_.size() >= kPauseAtEvents && !paused_ && generation_ != nullptr) {
+      paused_ = true;
+      generation_->SetPaused(true);
+    }
+    WriteNext();
+  }
+  void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (writing_ || finished_) return;
+    if (!events_.empty()) {
+      outgoing_ = std::move(events_.front());
+      events_.pop_front();
+      writing_ = true;
+      this->StartWrite(&outgoing_);
+    } else if (ended_) {
+      finished_ = true;
+      this->Finish(end_.ok() ? grpc::Status::OK : PublicStatus(context_, end_));
+    }
+  }
+
+  grpc::CallbackServerContext* const context_;
+  const std::shared_ptr<RouterService::Running> running_;
+  const bool all_tokens_;
+  std::shared_ptr<CallReactor> self_;  // until OnDone
+  std::string request_id_;
+  ApiRequest request_;
+  uint64_t seed_ = 0;
+
+  absl::Mutex mutex_;
+  std::optional<ChoiceText> text_ ABSL_GUARDED_BY(mutex_);
+  std::unique_ptr<Generation> generation_ ABSL_GUARDED_BY(mutex_);
+  std::deque<Event> events_ ABSL_GUARDED_BY(mutex_);
+  Event outgoing_ ABSL_GUARDED_BY(mutex_);
+  v1::Usage usage_ ABSL_GUARDED_BY(mutex_);
+  int64_t completion_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::Status end_ ABSL_GUARDED_BY(mutex_);
+  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
+  bool paused_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const absl::Status& status) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  reactor->Finish(status.ok() ? grpc::Status::OK : PublicStatus(context, status));
+  return reactor;
+}
+
+}  // namespace
+
+RouterService::RouterService(RouterServiceOptions options)
+    : options_(std::move(options)), running_(std::make_shared<Running>()) {}
+
+RouterService::~RouterService() = default;
+
+grpc::ServerWriteReactor<v1::GenerateEvent>* RouterService::Generate(grpc::CallbackServerContext* context,
+                                                                     const v1::GenerateRequest* request) {
+  auto call = std::make_shared<CallReactor<v1::GenerateEvent>>(context, running_, /*all_tokens=*/true);
+  call->Start(call, request->request_id(), FromGenerate(*request, options_.model, options_.limits),
+              *options_.model.tokenizer, *options_.generations);
+  return call.get();
+}
+
+grpc::ServerWriteReactor<v1::ChatEvent>* RouterService::Chat(grpc::CallbackServerContext* context,
+                                                             const v1::ChatRequest* request) {
+  auto call = std::make_shared<CallReactor<v1::ChatEvent>>(context, running_, /*all_tokens=*/false);
+  call->Start(call, request->request_id(), FromChat(*request, options_.model, options_.limits),
+              *options_.model.tokenizer, *options_.generations);
+  return call.get();
+}
+
+absl::Status RouterService::CheckModel(const std::string& model) const {
+  if (model.empty() || model == options_.model.id) return absl::OkStatus();
+  return MakeError(absl::StatusCode::kNotFound, absl::StrCat("no model ", QuoteInput(model), " is served here"),
+                   {.code = "model_not_found", .param = "model"});
+}
+
+grpc::ServerUnaryReactor* RouterService::Tokenize(grpc::CallbackServerContext* context,
+                                                  const v1::TokenizeRequest* request, v1::TokenizeResponse* response) {
+  if (absl::Status status = CheckModel(request->model()); !status.ok()) return Answer(context, status);
+  const auto ids = options_.model.tokenizer->Encode(request->text(), text::SpecialTokens::kMatch);
+  if (!ids.ok()) return Answer(context, ids.status());
+  response->mutable_ids()->Assign(ids->begin(), ids->end());
+  return Answer(context, absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* RouterService::Detokenize(grpc::CallbackServerContext* context,
+                                                    const v1::DetokenizeRequest* request,
+                                                    v1::DetokenizeResponse* response) {
+  if (absl::Status status = CheckModel(request->model()); !status.ok()) return Answer(context, status);
+  for (int i = 0; i < request->ids_size(); ++i) {
+    const int32_t id = request->ids(i);
+    if (id < 0 || id >= options_.model.vocab_size) {
+      const std::string field = absl::StrCat("ids[", i, "]");
+      return Answer(context, InvalidRequest("invalid_token_id", field,
+                                            absl::StrCat(field, ": ", id, " is not below ", options_.model.vocab_size)));
+    }
+    const std::string_view bytes = options_.model.tokenizer->TokenBytes(id);
+    response->mutable_text()->append(bytes.data(), bytes.size());
+  }
+  return Answer(context, absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* RouterService::Abort(grpc::CallbackServerContext* context, const v1::AbortRequest* request,
+                                               v1::AbortResponse* response) {
+  if (request->request_id().empty()) {
+    return Answer(context, InvalidRequest("missing_field", "request_id", "request_id: missing"));
+  }
+  response->set_was_running(running_->Cancel(request->request_id()));
+  return Answer(context, absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* RouterService::ListModels(grpc::CallbackServerContext* context, const v1::ListModelsRequest*,
+                                                    v1::ListModelsResponse* response) {
+  v1::ModelInfo* info = response->add_models();
+  info->set_id(options_.model.id);
+  info->set_max_context_tokens(static_cast<uint64_t>(options_.model.context_length));
+  info->set_vocab_size(static_cast<uint32_t>(options_.model.vocab_size));
+  info->set_numerics(options_.numerics);
+  info->set_ready(options_.generations->Ready().ok());
+  return Answer(context, absl::OkStatus());
+}
+
+}  // namespace millrace::router
