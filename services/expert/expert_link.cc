@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "millrace/v1/expert.grpc.pb.h"
-#include "services/common/grpc_status.h"
 
 namespace millrace::expert {
 namespace {
@@ -81,30 +80,22 @@ class StreamLink final : public ExpertLink, public grpc::ClientBidiReactor<v1::E
     WriteNext();
   }
   void OnReadDone(bool ok) override {
-    if (!ok) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      broken_ = true;
-      return;
-    }
     bool silent;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       silent = silent_;
+      if (!ok) broken_ = true;
+    }
+    if (!ok) {
+      // The end of the stream shows here: OnDone waits for our hold, which only the destructor gives up.
+      if (!silent) on_broken_(absl::UnavailableError("its stream broke"));
+      return;
     }
     if (!silent) on_message_(incoming_.message());
     StartRead(&incoming_);
   }
-  void OnDone(const grpc::Status& status) override {
-    bool silent;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      broken_ = true;
-      silent = silent_;
-    }
-    if (!silent) {
-      on_broken_(status.ok() ? absl::UnavailableError("the expert worker closed its stream") : FromGrpcStatus(status));
-    }
-    // Notified under the lock: the destructor may run as soon as it sees done_.
+  void OnDone(const grpc::Status&) override {
+    // Notified under the lock: the destructor may go on as soon as it sees done_.
     std::lock_guard<std::mutex> lock(mutex_);
     done_ = true;
     finished_.notify_all();

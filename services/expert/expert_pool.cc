@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
 #include "millrace/v1/expert.grpc.pb.h"
+#include "services/common/clock.h"
 #include "services/common/grpc_status.h"
 #include "spdlog/spdlog.h"
 
@@ -99,6 +100,7 @@ void ExpertPool::MarkFailed(PoolMember* member, const absl::Status& why) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!member->usable.exchange(false)) return;
+    member->try_again_us.store(ToMicros(MonotonicNow() + kReattach));
     last_failure_ = absl::StrCat(member->info.name(), ": ", why.message());
     changed_ = true;
     Rebuild();
@@ -158,6 +160,10 @@ void ExpertPool::Run() {
     bool all = true, any_new = false;
     for (const auto& member : wanted) {
       if (member->usable.load()) continue;
+      if (ToMicros(MonotonicNow()) < member->try_again_us.load()) {
+        all = false;
+        continue;
+      }
       const absl::Status connected = Connect(*member);
       if (connected.ok()) {
         any_new = true;

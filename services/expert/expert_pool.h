@@ -32,6 +32,7 @@ namespace millrace::expert {
 struct PoolMember {
   const v1::ExpertPeer info;
   std::atomic<bool> usable{false};
+  std::atomic<int64_t> try_again_us{0};  // monotonic; a member that has just failed is left alone for a moment
 
   explicit PoolMember(v1::ExpertPeer i) : info(std::move(i)) {}
   std::shared_ptr<ExpertLink> link() const {
@@ -105,7 +106,7 @@ class ExpertPool {
   std::vector<std::shared_ptr<PoolMember>> retired_;  // links to be closed by the pool's own thread
   std::shared_ptr<const PoolTable> table_;
   std::string last_failure_;
-  bool changed_ = false, stop_ = false;
+  bool changed_ = false, stop_ = false;  // changed: there is something for the thread to do
   std::thread thread_;
 };
 
