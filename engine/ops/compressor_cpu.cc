@@ -34,8 +34,8 @@ void CpuOps::SimulateIndex(float* x) const {
       }
     }
   }
-  const float norm = 1.0f / std::sqrt(static_cast<float>(kDim));
-  for (int i = 0; i < kDim; ++i) x[i] = RoundBf16(x[i] * norm);
+  const float norm = std::sqrt(static_cast<float>(kDim));
+  for (int i = 0; i < kDim; ++i) x[i] = RoundBf16(x[i] / norm);  // the quotient: near-ties decide FP4 codes
   for (int i = 0; i < kDim; i += 32) {
     float amax = 0;
     for (int j = i; j < i + 32; ++j) amax = std::max(amax, std::abs(x[j]));

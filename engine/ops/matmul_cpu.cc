@@ -59,7 +59,7 @@ HWY_INLINE V Widen(const uint8_t* HWY_RESTRICT panel, int width, int64_t i, int 
 
 template <WeightKind kKind>
 struct Block {
-  static constexpr int kK = kKind == WeightKind::kFp4 ? 32 : 128;
+  static constexpr int kK = kKind == WeightKind::kFp8 ? 128 : 32;
   static constexpr float kWidened = kKind == WeightKind::kFp8 ? 256.0f : kKind == WeightKind::kFp4 ? 16384.0f : 1.0f;
 };
 

@@ -3,7 +3,8 @@
 //
 // Outputs are cut into panels of 64; inside a panel the weights of one input stand side by side, so a product adds in
 // ascending k for each output on its own lane: no horizontal sum, and the same order on any vector width and for any
-// number of rows. K is cut into blocks (128, or 32 for FP4): a block is summed from zero in FP32 (fused multiply-add),
+// number of rows. K is cut into blocks (128 for FP8, 32 for the others: shorter sums round less): a block is summed from
+// zero in FP32 (fused multiply-add),
 // then multiplied by its scales and added to the total. Weights stay in their stored width (FP4, FP8, BF16, F32) and are
 // widened on the fly, exactly.
 //
