@@ -82,8 +82,11 @@ class HttpServerTest : public ::testing::Test {
 
   template <typename Condition>
   static bool Eventually(Condition condition) {
-    for (int i = 0; i < 5000 && !condition(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    return condition();
+    for (int i = 0; i < 5000; ++i) {
+      if (condition()) return true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
   }
 
   uint16_t port() const { return server_->port(); }

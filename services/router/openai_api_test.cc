@@ -147,8 +147,11 @@ class OpenAiApiTest : public ::testing::Test {
 
   template <typename Condition>
   static bool Eventually(Condition condition) {
-    for (int i = 0; i < 5000 && !condition(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    return condition();
+    for (int i = 0; i < 5000; ++i) {
+      if (condition()) return true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
   }
 
   // Nothing of any request is left.
