@@ -109,6 +109,7 @@ struct TransportOptions {
   // absl::InfiniteDuration() never sleeps.
   absl::Duration spin = absl::Microseconds(50);
   absl::Duration connect_timeout = absl::Seconds(3);
+  uint16_t listen_port = 0;  // where connections come in, if the transport has such a thing; 0: any free port
   // A thread that waits in WaitFor is expected to wait again soon: for so long after it, its own sends do not wake the
   // transport thread, which they would only race. Other threads' sends are not affected.
   absl::Duration linger = absl::Microseconds(200);

@@ -149,7 +149,7 @@ class TwoProcesses : public ::testing::TestWithParam<TransportKind> {
     transport_.reset();
     peer_.reset();
     EXPECT_EQ(OpenFiles(), files_);
-    EXPECT_TRUE(Eventually([&] { return Threads() == threads_; }));
+    EXPECT_TRUE(Eventually([&] { return Threads() <= threads_; }));
   }
 
   void StartPeer() {
@@ -312,11 +312,11 @@ TEST_P(TwoProcesses, StoppedPeerReleasesSourcesByDisconnect) {
 
 // A peer that dies at a random moment of its first milliseconds, handshake included.
 TEST_P(TwoProcesses, PeersKilledWhileTheyConnectHurtNobody) {
-  constexpr int kPeers = 12;
+  constexpr int kPeers = 60;
   for (int i = 0; i < kPeers; ++i) {
     PeerProcess victim;
     victim.Start(transport_->address());
-    std::this_thread::sleep_for(std::chrono::milliseconds(20 + 7 * i));
+    std::this_thread::sleep_for(std::chrono::microseconds(8000 + 1000 * i));
     victim.Kill();
   }
   StartPeer();

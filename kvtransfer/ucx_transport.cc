@@ -1,17 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // Messages over UCX active messages; the contract is in ucx_transport.h and transport.h.
 //
-// A connection begins with a hello, which carries the sender's own address: the receiver makes an endpoint in return,
-// and UCX joins the two into one connection. So both sides hold an endpoint, get its errors, can answer, and can close
-// it by force, which is the fence: a rendezvous over TCP or RDMA may write to our memory until the endpoint is down,
-// even after its request completed with an error. Therefore what ends in error is kept back until the forced close has
-// completed, and only then told to the owner of the memory (Retire).
+// A connection is made through a listener (UCX's client-server mode), then a hello and its answer exchange tokens. So
+// both sides hold an endpoint, get its errors, can answer, and can close it by force, which is the fence: a rendezvous
+// over TCP or RDMA may write to our memory until the endpoint is down, even after its request completed with an error.
+// Therefore what ends in error is kept back until the forced close has completed, and only then told to the owner of
+// the memory (Retire).
+//
+// Why not worker addresses: UCX 1.13 aborts the process if the other end of a connection dies during their handshake
+// (ucp_request.c:684, "got REP message"). Through a listener the same death is an error of one endpoint.
+//
+// If both sides connect at the same moment, the connection begun by the smaller incarnation stays and the other is
+// closed.
 //
 // Who may touch what: everything of UCX, and every member without a lock's name, only under the drive lock (driver.h),
 // that is in tasks, in Progress and in UCX's callbacks. UCX's callbacks must neither progress nor close, so they leave
-// failures and hellos in lists that Progress works through.
+// requests, failures and hellos in lists that Progress works through.
 #include "kvtransfer/ucx_transport.h"
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
 #include <ucp/api/ucp.h>
 
 #include <atomic>
@@ -24,7 +32,6 @@
 #include <random>
 #include <utility>
 
-#include "absl/cleanup/cleanup.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -49,10 +56,6 @@ constexpr unsigned kAmId = 1;
 constexpr int kMaxProgressRounds = 64;
 // A message occupies the wire with its header too; without this, endless empty messages would cost nothing.
 constexpr size_t kMessageCost = 1024;
-// UCX up to at least 1.13 asserts if a connection dies while its answer to a handshake is still queued. A handshake
-// takes about a millisecond; our own closes wait for it, so that two healthy processes never do that to each other.
-constexpr absl::Duration kHandshakePoll = absl::Milliseconds(2);
-constexpr absl::Duration kHandshakeGrace = absl::Milliseconds(500);
 // After a forced close UCX completes what was outstanding within milliseconds. If it does not, we say so and keep the
 // memory: it is not safe to give it back.
 constexpr absl::Duration kCloseWarning = absl::Seconds(5);
@@ -78,6 +81,26 @@ ucs_memory_type_t ToUcx(MemoryKind kind) {
   return kind == MemoryKind::kHost ? UCS_MEMORY_TYPE_HOST : UCS_MEMORY_TYPE_CUDA;
 }
 
+sockaddr_storage ToSockaddr(const internal::IpAddress& ip, uint16_t port) {
+  sockaddr_storage storage{};
+  if (ip.is_v6) {
+    auto& v6 = reinterpret_cast<sockaddr_in6&>(storage);
+    v6.sin6_family = AF_INET6;
+    v6.sin6_port = htons(port);
+    std::memcpy(&v6.sin6_addr, ip.bytes.data(), 16);
+  } else {
+    auto& v4 = reinterpret_cast<sockaddr_in&>(storage);
+    v4.sin_family = AF_INET;
+    v4.sin_port = htons(port);
+    std::memcpy(&v4.sin_addr, ip.bytes.data(), 4);
+  }
+  return storage;
+}
+
+socklen_t SockaddrBytes(const sockaddr_storage& address) {
+  return address.ss_family == AF_INET6 ? sizeof(sockaddr_in6) : sizeof(sockaddr_in);
+}
+
 struct Peer;
 
 struct Send {
@@ -85,7 +108,6 @@ struct Send {
   std::shared_ptr<Peer> peer;
   std::string head;  // frame and header, as UCX sends them
   ConstMemory payload;
-  std::string own_payload;  // of a hello
   SendDone done;
   bool counted = true;  // a message of our user, not one of ours
   size_t cost() const { return payload.bytes + kMessageCost; }
@@ -99,27 +121,36 @@ struct Arrival {
 
 class UcxTransport;
 
+// One UCX endpoint. A peer has one, or two while both sides connect at once, or when it is ourselves.
+struct Link {
+  ucp_ep_h ep = nullptr;
+  std::shared_ptr<Peer> peer;  // null until the hello of an accepted link
+  bool failed = false;         // UCX reported an error
+  bool closing = false;
+  bool closed = false;
+};
+
 struct Peer {
   enum class State { kConnecting, kReady, kClosing };
 
   UcxTransport* owner = nullptr;
-
   PeerId id;
   uint64_t incarnation = 0;
-  uint64_t token = 0;         // ours: in frames that come
-  uint64_t remote_token = 0;  // theirs: in frames that go; 0 until known
-  std::string address;        // framed
+  uint64_t token = 0;                        // ours: in frames that come
+  uint64_t remote_token = 0;                 // theirs: in frames that go; 0 until known
+  std::vector<sockaddr_storage> candidates;  // where it may be reached, best first
+  size_t attempts = 0;                       // candidates tried
   State state = State::kConnecting;
-  ucp_ep_h ep = nullptr;
+  std::shared_ptr<Link> link;                // what sends go over
+  std::vector<std::shared_ptr<Link>> links;  // all that it ever had and that are not closed
   std::deque<std::unique_ptr<Send>> queue;
   size_t on_wire = 0, cost_on_wire = 0, arriving = 0;
   bool failing = false;  // in failing_, or beyond
-  bool ep_closed = false;
   bool was_ready = false;
   bool by_our_close = false;
   absl::Status why;
-  std::vector<std::pair<std::unique_ptr<Send>, absl::Status>> failed_sends;        // told in Retire
-  std::vector<std::pair<std::unique_ptr<Arrival>, absl::Status>> failed_arrivals;  // told in Retire
+  std::vector<std::unique_ptr<Send>> failed_sends;        // told in Retire
+  std::vector<std::unique_ptr<Arrival>> failed_arrivals;  // told in Retire
   std::vector<Task> fenced;
 
   std::atomic<size_t> accepted{0};  // sends not yet on the wire
@@ -162,20 +193,26 @@ class UcxTransport final : public Transport, private Driver::Engine {
  private:
   // Engine
   bool Progress() override;
+  bool Bury();
   bool Arm() override { return ucp_worker_arm(worker_) == UCS_OK; }
   int fd() const override { return worker_fd_; }
 
   // Connections
-  void Open(const std::shared_ptr<Peer>& peer);
-  void SendHello(const std::shared_ptr<Peer>& peer, MessageType type);
-  void OnHello(const Hello& hello, std::string address);
+  absl::Status Listen();
+  void Attempt(const std::shared_ptr<Peer>& peer);
+  void AttemptFailed(const std::shared_ptr<Peer>& peer, const std::string& why);
+  std::shared_ptr<Link> Accept(ucp_conn_request_h request);
+  std::shared_ptr<Link> MakeLink(ucp_ep_params_t params, ucs_status_t& status);
+  void OnLinkError(ucp_ep_h ep, ucs_status_t status);
+  void CloseLink(const std::shared_ptr<Link>& link);
+  void SendControl(const std::shared_ptr<Peer>& peer, MessageType type);
+  void OnHello(const Hello& hello, ucp_ep_h ep);
   void OnHelloAnswer(const std::shared_ptr<Peer>& peer, const Hello& hello);
   void BecomeReady(const std::shared_ptr<Peer>& peer, uint64_t remote_token);
   void MarkFailed(const std::shared_ptr<Peer>& peer, absl::Status why);
   void BeginClose(const std::shared_ptr<Peer>& peer);
-  void DisconnectWhenSettled(const std::shared_ptr<Peer>& peer);
   void Retire(Peer& peer);
-  std::string Lanes(const Peer& peer) const;
+  void ReportLanes(const Peer& peer);
 
   // Messages
   void Pump();
@@ -201,27 +238,33 @@ class UcxTransport final : public Transport, private Driver::Engine {
     auto it = peers_.find(id.value);
     return it == peers_.end() ? nullptr : it->second;
   }
-  std::shared_ptr<Peer> AddPeerLocked(const internal::ParsedAddress& parsed, absl::string_view address);
+  std::shared_ptr<Peer> AddPeerLocked(uint64_t incarnation);
 
   const TransportOptions options_;
   internal::Counters counters_;
 
   ucp_context_h context_ = nullptr;
   ucp_worker_h worker_ = nullptr;
+  ucp_listener_h listener_ = nullptr;
   int worker_fd_ = -1;
   bool has_cuda_ = false;
   uint16_t ucx_major_ = 0, ucx_minor_ = 0;
-  uint64_t incarnation_ = 0;
+  uint64_t incarnation_ = 0, host_id_ = 0;
   std::string address_;
 
   // Under the drive lock.
   MessageHandler* handlers_[kMaxChannels] = {};
   absl::flat_hash_map<uint64_t, std::shared_ptr<Peer>> by_token_;
-  std::vector<std::shared_ptr<Peer>> failing_;         // to be closed
-  std::vector<std::shared_ptr<Peer>> closing_;         // being closed
-  std::vector<std::pair<Hello, std::string>> hellos_;  // to be answered
+  absl::flat_hash_map<ucp_ep_h, std::shared_ptr<Link>> links_;  // endpoints that are not closed
+  std::vector<ucp_conn_request_h> requests_;                    // to be accepted
+  std::vector<std::pair<Hello, ucp_ep_h>> hellos_;              // to be answered
+  std::vector<std::shared_ptr<Peer>> new_connections_;          // whose lanes are to be reported
+  std::vector<std::shared_ptr<Link>> failed_links_;             // to be dealt with
+  std::vector<std::shared_ptr<Peer>> failing_;                  // to be closed
+  std::vector<std::shared_ptr<Peer>> closing_;                  // being closed
   size_t cost_on_wire_ = 0;
   bool pump_ = false;
+  bool links_changed_ = false;  // some link is being closed
   bool closing_all_ = false;
 
   mutable std::mutex mu_;
@@ -232,7 +275,6 @@ class UcxTransport final : public Transport, private Driver::Engine {
   uint64_t next_id_ = 0;                                                 // guarded by mu_
   bool closed_ = false;                                                  // guarded by mu_
   std::atomic<bool> all_closed_{false};
-  std::atomic<int> connecting_{0};  // peers whose handshake runs
 
   Driver driver_;  // last: its thread uses all of the above
 };
@@ -277,23 +319,12 @@ absl::Status UcxTransport::Start() {
   RETURN_IF_ERROR(ToStatus(ucp_worker_get_efd(worker_, &worker_fd_), "getting the worker's descriptor"));
 
   ucp_worker_attr_t attributes{};
-  attributes.field_mask = UCP_WORKER_ATTR_FIELD_ADDRESS | UCP_WORKER_ATTR_FIELD_MAX_AM_HEADER;
-  RETURN_IF_ERROR(ToStatus(ucp_worker_query(worker_, &attributes), "getting the worker's address"));
-  const absl::Cleanup release_address = [&] { ucp_worker_release_address(worker_, attributes.address); };
+  attributes.field_mask = UCP_WORKER_ATTR_FIELD_MAX_AM_HEADER;
+  RETURN_IF_ERROR(ToStatus(ucp_worker_query(worker_, &attributes), "asking for the longest header"));
   if (attributes.max_am_header < sizeof(MessageFrame) + kMaxHeaderBytes) {
     return absl::FailedPreconditionError(absl::StrCat("UCX carries headers of ", attributes.max_am_header,
                                                       " bytes, need ", sizeof(MessageFrame) + kMaxHeaderBytes));
   }
-  internal::AddressFrame frame;
-  frame.ucx_major = ucx_major_, frame.ucx_minor = ucx_minor_;
-  frame.incarnation = incarnation_ = random_();
-  address_ =
-      internal::FrameAddress(frame, {reinterpret_cast<const char*>(attributes.address), attributes.address_length});
-  if (address_.size() > internal::kMaxAddressBytes) {
-    return absl::FailedPreconditionError(absl::StrCat("UCX address has ", address_.size(), " bytes, limit ",
-                                                      internal::kMaxAddressBytes, ": name fewer in UCX_NET_DEVICES"));
-  }
-
   ucp_am_handler_param_t handler{};
   handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
   handler.id = kAmId;
@@ -303,124 +334,228 @@ absl::Status UcxTransport::Start() {
     return static_cast<UcxTransport*>(self)->OnMessage(header, header_bytes, data, bytes, param);
   };
   RETURN_IF_ERROR(ToStatus(ucp_worker_set_am_recv_handler(worker_, &handler), "setting the message handler"));
+  RETURN_IF_ERROR(Listen());
   driver_.Start();
   return absl::OkStatus();
 }
 
 // ---- connections ----
 
+absl::Status UcxTransport::Listen() {
+  const char* devices = std::getenv("UCX_NET_DEVICES");
+  internal::UcxAddress address;
+  address.ucx_major = ucx_major_, address.ucx_minor = ucx_minor_;
+  address.incarnation = incarnation_ = random_();
+  address.host_id = host_id_ = internal::HostId();
+  address.addresses = internal::LocalAddresses(devices == nullptr ? "" : devices, internal::kMaxAddresses);
+  // One listener: IPv4, unless this host has only IPv6.
+  const bool v6 = !address.addresses.empty() && address.addresses.front().is_v6;
+  std::erase_if(address.addresses, [&](const internal::IpAddress& ip) { return ip.is_v6 != v6; });
+  address.addresses.resize(std::min(address.addresses.size(), internal::kMaxAddresses - 1));
+  address.addresses.push_back(v6 ? internal::kLoopbackV6 : internal::kLoopbackV4);
+
+  const sockaddr_storage any = ToSockaddr({v6, {}}, options_.listen_port);
+  ucp_listener_params_t params{};
+  params.field_mask = UCP_LISTENER_PARAM_FIELD_SOCK_ADDR | UCP_LISTENER_PARAM_FIELD_CONN_HANDLER;
+  params.sockaddr = {reinterpret_cast<const sockaddr*>(&any), SockaddrBytes(any)};
+  params.conn_handler.arg = this;
+  params.conn_handler.cb = [](ucp_conn_request_h request, void* self) {
+    static_cast<UcxTransport*>(self)->requests_.push_back(request);
+  };
+  if (const ucs_status_t status = ucp_listener_create(worker_, &params, &listener_); status != UCS_OK) {
+    listener_ = nullptr;
+    return absl::FailedPreconditionError(
+        absl::StrCat("UCX cannot listen on port ", options_.listen_port, ": ", ucs_status_string(status)));
+  }
+  ucp_listener_attr_t attributes{};
+  attributes.field_mask = UCP_LISTENER_ATTR_FIELD_SOCKADDR;
+  RETURN_IF_ERROR(ToStatus(ucp_listener_query(listener_, &attributes), "asking for the listener's port"));
+  const auto* bound =
+      reinterpret_cast<const sockaddr_in*>(&attributes.sockaddr);  // IPv6 has its port at the same place
+  address.port = ntohs(bound->sin_port);
+  address_ = internal::EncodeAddress(address);
+  return absl::OkStatus();
+}
+
 absl::StatusOr<PeerId> UcxTransport::Connect(absl::string_view address) {
-  ASSIGN_OR_RETURN(const internal::ParsedAddress parsed, internal::ParseAddress(address, ucx_major_, ucx_minor_));
+  ASSIGN_OR_RETURN(const internal::UcxAddress decoded, internal::DecodeAddress(address, ucx_major_, ucx_minor_));
   std::shared_ptr<Peer> peer;
   {
     std::lock_guard lock(mu_);
     if (closed_) return absl::CancelledError("transport is closed");
-    if (auto it = by_incarnation_.find(parsed.frame.incarnation); it != by_incarnation_.end()) return it->second->id;
+    if (auto it = by_incarnation_.find(decoded.incarnation); it != by_incarnation_.end()) return it->second->id;
     if (peers_.size() >= options_.max_peers)
       return absl::ResourceExhaustedError(absl::StrCat(peers_.size(), " peers, limit ", options_.max_peers));
-    peer = AddPeerLocked(parsed, address);
+    peer = AddPeerLocked(decoded.incarnation);
   }
-  driver_.Post([this, peer] { Open(peer); });
+  for (const internal::IpAddress& ip : decoded.addresses) {
+    const bool loopback = ip == internal::kLoopbackV4 || ip == internal::kLoopbackV6;
+    if (!loopback) peer->candidates.push_back(ToSockaddr(ip, decoded.port));
+    // On our own host the loopback address is the surest way; elsewhere it would be somebody else.
+    if (loopback && decoded.host_id == host_id_)
+      peer->candidates.insert(peer->candidates.begin(), ToSockaddr(ip, decoded.port));
+  }
+  driver_.Post([this, peer] {
+    if (!peer->failing && peer->link == nullptr) Attempt(peer);
+  });
   return peer->id;
 }
 
-std::shared_ptr<Peer> UcxTransport::AddPeerLocked(const internal::ParsedAddress& parsed, absl::string_view address) {
+std::shared_ptr<Peer> UcxTransport::AddPeerLocked(uint64_t incarnation) {
   auto peer = std::make_shared<Peer>();
   peer->owner = this;
   peer->id = {++next_id_};
-  peer->incarnation = parsed.frame.incarnation;
+  peer->incarnation = incarnation;
   do {
     peer->token = random_();
   } while (peer->token == 0);
-  peer->address = std::string(address);
-  ++connecting_;
   peers_[peer->id.value] = peer;
-  by_incarnation_[peer->incarnation] = peer;
+  by_incarnation_[incarnation] = peer;
   return peer;
 }
 
-// Makes the endpoint and introduces us. Sends wait until the answer names the peer's token.
-void UcxTransport::Open(const std::shared_ptr<Peer>& peer) {
-  if (peer->failing) return;
+// Tries the next place where the peer may be, and introduces us. Sends wait until the answer names the peer's token.
+void UcxTransport::Attempt(const std::shared_ptr<Peer>& peer) {
   by_token_[peer->token] = peer;
+  if (peer->attempts == peer->candidates.size()) return AttemptFailed(peer, "no network address");
+  const sockaddr_storage& candidate = peer->candidates[peer->attempts++];
   ucp_ep_params_t params{};
-  params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
-                      UCP_EP_PARAM_FIELD_ERR_HANDLER | UCP_EP_PARAM_FIELD_USER_DATA;
-  params.address = reinterpret_cast<const ucp_address_t*>(peer->address.data() + sizeof(internal::AddressFrame));
-  params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
-  params.err_handler.cb = [](void* self, ucp_ep_h ep, ucs_status_t status) {
-    auto* transport = static_cast<UcxTransport*>(self);
-    for (const auto& [token, candidate] : transport->by_token_) {
-      if (candidate->ep != ep) continue;
-      transport->MarkFailed(candidate,
-                            absl::UnavailableError(absl::StrCat("connection lost: ", ucs_status_string(status))));
-      return;
-    }
-  };
-  params.err_handler.arg = this;
-  params.user_data = this;
-  if (const ucs_status_t status = ucp_ep_create(worker_, &params, &peer->ep); status != UCS_OK) {
-    peer->ep = nullptr;
-    MarkFailed(peer, absl::UnavailableError(absl::StrCat("cannot connect: ", ucs_status_string(status))));
-    return;
-  }
-  if (peer->remote_token == 0) SendHello(peer, MessageType::kHello);
-  driver_.RunAfter(options_.connect_timeout, [this, weak = std::weak_ptr<Peer>(peer)] {
+  params.field_mask = UCP_EP_PARAM_FIELD_FLAGS | UCP_EP_PARAM_FIELD_SOCK_ADDR;
+  params.flags = UCP_EP_PARAMS_FLAGS_CLIENT_SERVER;
+  params.sockaddr = {reinterpret_cast<const sockaddr*>(&candidate), SockaddrBytes(candidate)};
+  ucs_status_t status = UCS_OK;
+  peer->link = MakeLink(params, status);
+  if (peer->link == nullptr) return AttemptFailed(peer, ucs_status_string(status));
+  peer->link->peer = peer;
+  peer->links.push_back(peer->link);
+  SendControl(peer, MessageType::kHello);
+  const absl::Duration patience = options_.connect_timeout / static_cast<int64_t>(peer->candidates.size());
+  driver_.RunAfter(patience, [this, weak = std::weak_ptr<Peer>(peer), attempt = peer->attempts, patience] {
     const std::shared_ptr<Peer> late = weak.lock();
-    if (late == nullptr || late->state != Peer::State::kConnecting) return;
-    MarkFailed(late, absl::UnavailableError(
-                         absl::StrCat("no answer within ", absl::FormatDuration(options_.connect_timeout))));
+    if (late == nullptr || late->attempts != attempt) return;
+    AttemptFailed(late, absl::StrCat("no answer within ", absl::FormatDuration(patience)));
   });
 }
 
-void UcxTransport::SendHello(const std::shared_ptr<Peer>& peer, MessageType type) {
+void UcxTransport::AttemptFailed(const std::shared_ptr<Peer>& peer, const std::string& why) {
+  if (peer->failing || peer->state != Peer::State::kConnecting) return;
+  if (peer->link != nullptr) CloseLink(peer->link);
+  peer->link = nullptr;
+  if (peer->attempts < peer->candidates.size()) return Attempt(peer);
+  MarkFailed(peer, absl::UnavailableError(absl::StrCat("cannot connect: ", why)));
+}
+
+std::shared_ptr<Link> UcxTransport::MakeLink(ucp_ep_params_t params, ucs_status_t& status) {
+  params.field_mask |= UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
+  params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+  params.err_handler.arg = this;
+  params.err_handler.cb = [](void* self, ucp_ep_h ep, ucs_status_t error) {
+    static_cast<UcxTransport*>(self)->OnLinkError(ep, error);
+  };
+  auto link = std::make_shared<Link>();
+  status = ucp_ep_create(worker_, &params, &link->ep);
+  if (status != UCS_OK) return nullptr;
+  links_[link->ep] = link;
+  return link;
+}
+
+// Somebody's connection; who it is its hello will say.
+std::shared_ptr<Link> UcxTransport::Accept(ucp_conn_request_h request) {
+  if (closing_all_ || links_.size() >= 2 * options_.max_peers) {
+    counters_.Dropped("too_many_peers");
+    (void)ucp_listener_reject(listener_, request);
+    return nullptr;
+  }
+  ucp_ep_params_t params{};
+  params.field_mask = UCP_EP_PARAM_FIELD_CONN_REQUEST;
+  params.conn_request = request;
+  ucs_status_t status = UCS_OK;
+  std::shared_ptr<Link> link = MakeLink(params, status);
+  if (link == nullptr) {
+    counters_.Dropped("accept_failed");
+    return nullptr;
+  }
+  driver_.RunAfter(options_.connect_timeout, [this, weak = std::weak_ptr<Link>(link)] {
+    const std::shared_ptr<Link> silent = weak.lock();
+    if (silent != nullptr && silent->peer == nullptr) CloseLink(silent);
+  });
+  return link;
+}
+
+void UcxTransport::OnLinkError(ucp_ep_h ep, ucs_status_t status) {
+  auto it = links_.find(ep);
+  if (it == links_.end() || it->second->closing || std::exchange(it->second->failed, true)) return;
+  const std::shared_ptr<Link> link = it->second;
+  failed_links_.push_back(link);
+  if (link->peer == nullptr || link->peer->link != link || link->peer->state != Peer::State::kReady) return;
+  MarkFailed(link->peer, absl::UnavailableError(absl::StrCat("connection lost: ", ucs_status_string(status))));
+}
+
+// By force: nothing moves over this endpoint once it is closed.
+void UcxTransport::CloseLink(const std::shared_ptr<Link>& link) {
+  if (std::exchange(link->closing, true)) return;
+  links_changed_ = true;
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.flags = UCP_EP_CLOSE_FLAG_FORCE;
+  param.user_data = link.get();  // links_ holds it until Progress has seen it closed
+  param.cb.send = [](void* request, ucs_status_t, void* user_data) {
+    static_cast<Link*>(user_data)->closed = true;
+    ucp_request_free(request);
+  };
+  const ucs_status_ptr_t request = ucp_ep_close_nbx(link->ep, &param);
+  if (request == nullptr || UCS_PTR_IS_ERR(request)) link->closed = true;
+}
+
+void UcxTransport::SendControl(const std::shared_ptr<Peer>& peer, MessageType type) {
   auto send = std::make_unique<Send>();
   send->peer = peer;
   send->counted = false;
-  if (type == MessageType::kHello) send->own_payload = address_;
-  send->payload = {send->own_payload.data(), send->own_payload.size()};
   MessageFrame frame;
   frame.type = type;
-  frame.token = peer->remote_token;
-  frame.payload_bytes = send->payload.bytes;
-  const Hello hello{peer->token, incarnation_, peer->incarnation};
   send->head.append(reinterpret_cast<const char*>(&frame), sizeof(frame));
-  send->head.append(reinterpret_cast<const char*>(&hello), sizeof(hello));
-  Launch(std::move(send), UCP_AM_SEND_FLAG_EAGER);
+  const Hello hello{peer->token, incarnation_, peer->incarnation};
+  if (type != MessageType::kGoodbye) send->head.append(reinterpret_cast<const char*>(&hello), sizeof(hello));
+  Launch(std::move(send),
+         UCP_AM_SEND_FLAG_EAGER | (type == MessageType::kHello ? uint32_t{UCP_AM_SEND_FLAG_REPLY} : 0u));
 }
 
-// Somebody connects. If we were connecting to it as well, both have become one connection; if we hold an older one, the
-// other side has given that up.
-void UcxTransport::OnHello(const Hello& hello, std::string address) {
-  const auto parsed = internal::ParseAddress(address, ucx_major_, ucx_minor_);
-  if (hello.target_incarnation != incarnation_ || !parsed.ok() || parsed->frame.incarnation != hello.incarnation) {
-    counters_.Dropped("bad_hello");
+// An accepted link says whose it is.
+void UcxTransport::OnHello(const Hello& hello, ucp_ep_h ep) {
+  auto it = links_.find(ep);
+  if (it == links_.end() || it->second->closing || it->second->failed) return;
+  const std::shared_ptr<Link> link = it->second;
+  if (hello.target_incarnation != incarnation_ || hello.token == 0 || link->peer != nullptr) {
+    counters_.Dropped("bad_hello");  // another listener on a port that was meant for somebody else
+    if (link->peer == nullptr) CloseLink(link);
     return;
   }
   std::shared_ptr<Peer> peer, superseded;
-  bool is_new = false;
   {
     std::lock_guard lock(mu_);
-    if (closed_) return;
-    if (auto it = by_incarnation_.find(hello.incarnation); it != by_incarnation_.end()) peer = it->second;
-    if (peer != nullptr && (peer->failing || (peer->remote_token != 0 && peer->remote_token != hello.token)))
-      superseded = std::exchange(peer, nullptr);
-    if (peer == nullptr) {
-      if (peers_.size() >= options_.max_peers) {
-        counters_.Dropped("too_many_peers");
-        return;
-      }
-      peer = AddPeerLocked(*parsed, address);
-      is_new = true;
-    }
+    if (auto found = by_incarnation_.find(hello.incarnation); found != by_incarnation_.end()) peer = found->second;
+    if (peer != nullptr && (peer->failing || peer->state != Peer::State::kConnecting))
+      superseded = std::exchange(peer, nullptr);  // the other side has given that connection up
+    if (peer == nullptr && !closed_ && peers_.size() < options_.max_peers) peer = AddPeerLocked(hello.incarnation);
   }
   if (superseded != nullptr) MarkFailed(superseded, absl::UnavailableError("superseded by a newer connection"));
-  if (is_new) {
-    peer->remote_token = hello.token;  // no hello of our own is needed
-    Open(peer);
-    if (peer->failing) return;
+  if (peer == nullptr) {
+    counters_.Dropped("too_many_peers");
+    return CloseLink(link);
   }
-  SendHello(peer, MessageType::kHelloAnswer), BecomeReady(peer, hello.token);
+  const bool is_self = hello.incarnation == incarnation_;
+  if (peer->link != nullptr && !is_self && incarnation_ < hello.incarnation) {
+    // Both connect; ours stays, and the other side closes this one.
+    return;
+  }
+  if (peer->link != nullptr && !is_self) CloseLink(peer->link);
+  if (peer->link == nullptr || !is_self) peer->link = link;
+  link->peer = peer;
+  peer->links.push_back(link);
+  by_token_[peer->token] = peer;
+  peer->remote_token = hello.token;
+  SendControl(peer, MessageType::kHelloAnswer);
+  BecomeReady(peer, hello.token);
 }
 
 void UcxTransport::OnHelloAnswer(const std::shared_ptr<Peer>& peer, const Hello& hello) {
@@ -432,25 +567,23 @@ void UcxTransport::OnHelloAnswer(const std::shared_ptr<Peer>& peer, const Hello&
 }
 
 void UcxTransport::BecomeReady(const std::shared_ptr<Peer>& peer, uint64_t remote_token) {
-  peer->remote_token = remote_token;
   if (peer->state != Peer::State::kConnecting) return;
+  peer->remote_token = remote_token;
   peer->state = Peer::State::kReady;
-  --connecting_;
   peer->was_ready = true;
   pump_ = true;
   counters_.PeerConnected();
-  std::string line = absl::StrCat("peer ", peer->id.value, " lanes ", Lanes(*peer));
-  Log(line);
-  counters_.Lane(std::move(line));
+  new_connections_.push_back(peer);
 }
 
 // UCX prints an endpoint as text; the lines of its lanes look like "lane[0]: 1:tcp/eth0.0 md[1] -> ... am am_bw#0".
-std::string UcxTransport::Lanes(const Peer& peer) const {
+void UcxTransport::ReportLanes(const Peer& peer) {
+  if (peer.link == nullptr || peer.link->closing) return;
   char* text = nullptr;
   size_t bytes = 0;
   FILE* stream = open_memstream(&text, &bytes);
-  if (stream == nullptr) return "unknown";
-  ucp_ep_print_info(peer.ep, stream);
+  if (stream == nullptr) return;
+  ucp_ep_print_info(peer.link->ep, stream);
   std::fclose(stream);
   std::vector<std::string> lanes;
   for (absl::string_view line : absl::StrSplit(absl::string_view(text, bytes), '\n')) {
@@ -466,7 +599,10 @@ std::string UcxTransport::Lanes(const Peer& peer) const {
     lanes.push_back(std::move(words));
   }
   std::free(text);
-  return lanes.empty() ? "unknown" : absl::StrJoin(lanes, ", ");
+  std::string report =
+      absl::StrCat("peer ", peer.id.value, " lanes ", lanes.empty() ? "unknown" : absl::StrJoin(lanes, ", "));
+  Log(report);
+  counters_.Lane(std::move(report));
 }
 
 // From anywhere, UCX's callbacks included: the close itself is Progress's.
@@ -477,7 +613,6 @@ void UcxTransport::MarkFailed(const std::shared_ptr<Peer>& peer, absl::Status wh
 }
 
 void UcxTransport::BeginClose(const std::shared_ptr<Peer>& peer) {
-  if (peer->state == Peer::State::kConnecting) --connecting_;
   peer->state = Peer::State::kClosing;
   peer->gone = true;
   by_token_.erase(peer->token);
@@ -495,20 +630,7 @@ void UcxTransport::BeginClose(const std::shared_ptr<Peer>& peer) {
     FinishSend(*send, peer->why);
   }
   closing_.push_back(peer);
-  if (peer->ep == nullptr) {
-    peer->ep_closed = true;
-    return;
-  }
-  ucp_request_param_t param{};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-  param.user_data = peer.get();  // closing_ holds it until the callback has run
-  param.cb.send = [](void* request, ucs_status_t, void* user_data) {
-    static_cast<Peer*>(user_data)->ep_closed = true;
-    ucp_request_free(request);
-  };
-  const ucs_status_ptr_t request = ucp_ep_close_nbx(peer->ep, &param);
-  if (request == nullptr || UCS_PTR_IS_ERR(request)) peer->ep_closed = true;
+  for (const auto& link : peer->links) CloseLink(link);
   driver_.RunAfter(kCloseWarning, [this, weak = std::weak_ptr<Peer>(peer)] {
     if (const std::shared_ptr<Peer> stuck = weak.lock()) {
       Log(absl::StrCat("peer ", stuck->id.value, " was closed by force ", absl::FormatDuration(kCloseWarning),
@@ -521,13 +643,13 @@ void UcxTransport::BeginClose(const std::shared_ptr<Peer>& peer) {
 // The endpoint is down and everything it carried has ended: no byte moves any more, so the owners may know.
 void UcxTransport::Retire(Peer& peer) {
   if (peer.was_ready || !peer.by_our_close) counters_.PeerGone(peer.was_ready);
-  for (auto& [send, status] : peer.failed_sends) FinishSend(*send, peer.why);
+  for (const auto& send : peer.failed_sends) FinishSend(*send, peer.why);
   std::vector<PeerFailed> observers;
   {
     std::lock_guard lock(mu_);
     if (!peer.by_our_close) observers = on_peer_failed_;
   }
-  for (auto& [arrival, status] : peer.failed_arrivals) {
+  for (const auto& arrival : peer.failed_arrivals) {
     counters_.ArrivalEnded();
     counters_.Received(arrival->bytes, peer.why);
     if (arrival->done) arrival->done(peer.why);
@@ -559,15 +681,8 @@ void UcxTransport::Disconnect(PeerId peer_id, Task fenced) {
       return;
     }
     peer->fenced.push_back(std::move(fenced));
-    DisconnectWhenSettled(peer);
+    MarkFailed(peer, absl::CancelledError("disconnected by us"));
   });
-}
-
-// The connect timeout fails a peer that does not settle.
-void UcxTransport::DisconnectWhenSettled(const std::shared_ptr<Peer>& peer) {
-  if (peer->state == Peer::State::kConnecting && !peer->failing)
-    return driver_.RunAfter(kHandshakePoll, [this, peer] { DisconnectWhenSettled(peer); });
-  MarkFailed(peer, absl::CancelledError("disconnected by us"));
 }
 
 // ---- messages that go ----
@@ -662,7 +777,7 @@ void UcxTransport::Launch(std::unique_ptr<Send> send, uint32_t flags) {
     self->SendEnded(std::move(ended), status);
   };
   Send* const raw = send.release();  // UCX's until its callback
-  const ucs_status_ptr_t request = ucp_am_send_nbx(peer.ep, kAmId, raw->head.data(), raw->head.size(),
+  const ucs_status_ptr_t request = ucp_am_send_nbx(peer.link->ep, kAmId, raw->head.data(), raw->head.size(),
                                                    raw->payload.data, raw->payload.bytes, &param);
   if (request != nullptr && !UCS_PTR_IS_ERR(request)) return;
   SendEnded(std::unique_ptr<Send>(raw), request == nullptr ? UCS_OK : UCS_PTR_STATUS(request));
@@ -676,9 +791,9 @@ void UcxTransport::SendEnded(std::unique_ptr<Send> send, ucs_status_t status) {
   pump_ = true;
   if (send->counted) counters_.Landed(send->payload.bytes);
   if (status == UCS_OK) return FinishSend(*send, absl::OkStatus());
-  const absl::Status why = absl::UnavailableError(absl::StrCat("send failed: ", ucs_status_string(status)));
-  peer->failed_sends.emplace_back(std::move(send), why);
-  MarkFailed(peer, why);
+  if (!send->counted) return;  // a hello on a link that failed; the link's error says so
+  peer->failed_sends.push_back(std::move(send));
+  MarkFailed(peer, absl::UnavailableError(absl::StrCat("send failed: ", ucs_status_string(status))));
 }
 
 void UcxTransport::FinishSend(Send& send, const absl::Status& status) {
@@ -716,17 +831,16 @@ ucs_status_t UcxTransport::OnMessage(const void* header, size_t header_bytes, vo
   }
   const absl::Span<const uint8_t> rest(static_cast<const uint8_t*>(header) + sizeof(frame),
                                        header_bytes - sizeof(frame));
-  const bool is_here = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) == 0;
   Hello hello;
   if (frame.type == MessageType::kHello || frame.type == MessageType::kHelloAnswer) {
-    if (rest.size() != sizeof(hello) || !is_here || bytes > internal::kMaxAddressBytes) {
+    if (rest.size() != sizeof(hello) || bytes != 0) {
       counters_.Dropped("bad_hello");
       return UCS_OK;
     }
     std::memcpy(&hello, rest.data(), sizeof(hello));
   }
   if (frame.type == MessageType::kHello) {
-    hellos_.emplace_back(hello, std::string(static_cast<const char*>(data), bytes));
+    if ((param->recv_attr & UCP_AM_RECV_ATTR_FIELD_REPLY_EP) != 0) hellos_.emplace_back(hello, param->reply_ep);
     return UCS_OK;
   }
   auto it = by_token_.find(frame.token);
@@ -810,7 +924,7 @@ void UcxTransport::ArrivalEnded(std::unique_ptr<Arrival> arrival, const absl::St
   const std::shared_ptr<Peer> peer = arrival->peer;
   --peer->arriving;
   if (!status.ok() && !absl::IsInvalidArgument(status)) {
-    peer->failed_arrivals.emplace_back(std::move(arrival), status);
+    peer->failed_arrivals.push_back(std::move(arrival));
     return MarkFailed(peer, absl::UnavailableError(status.message()));
   }
   counters_.ArrivalEnded();
@@ -824,27 +938,56 @@ bool UcxTransport::Progress() {
   if (pump_) Pump();
   bool busy = false;
   for (int round = 0; round < kMaxProgressRounds && ucp_worker_progress(worker_) != 0; ++round) busy = true;
-  if (!hellos_.empty()) {
+  // What the callbacks left. Most rounds have nothing of it.
+  if (!requests_.empty() || !hellos_.empty() || !failed_links_.empty() || !failing_.empty() ||
+      !new_connections_.empty()) {
     busy = true;
-    for (auto& [hello, address] : std::exchange(hellos_, {})) OnHello(hello, std::move(address));
-  }
-  while (!failing_.empty()) {
-    busy = true;
+    for (ucp_conn_request_h request : std::exchange(requests_, {})) Accept(request);
+    for (const auto& [hello, ep] : std::exchange(hellos_, {})) OnHello(hello, ep);
+    for (const auto& peer : std::exchange(new_connections_, {})) ReportLanes(*peer);
+    for (const auto& link : std::exchange(failed_links_, {})) {
+      const std::shared_ptr<Peer> peer = link->peer;
+      if (peer != nullptr && peer->link == link && peer->state == Peer::State::kConnecting)
+        AttemptFailed(peer, "connection refused or lost");
+      else
+        CloseLink(link);
+    }
     for (const auto& peer : std::exchange(failing_, {})) BeginClose(peer);
+  }
+  if (!closing_.empty() || links_changed_) busy |= Bury();
+  if (closing_all_ && closing_.empty() && failing_.empty() && links_.empty()) all_closed_ = true;
+  if (pump_) Pump(), busy = true;
+  return busy;
+}
+
+// Forgets links that are closed and retires peers of whom nothing is left.
+bool UcxTransport::Bury() {
+  bool any = false;
+  links_changed_ = false;
+  for (auto it = links_.begin(); it != links_.end();) {
+    const std::shared_ptr<Link> link = it->second;
+    links_changed_ |= link->closing && !link->closed;
+    if (!link->closed) {
+      ++it;
+      continue;
+    }
+    any = true;
+    links_.erase(it++);
+    if (link->peer != nullptr) std::erase(link->peer->links, link);
+    link->peer = nullptr;
   }
   for (size_t i = 0; i < closing_.size();) {
     const std::shared_ptr<Peer> peer = closing_[i];
-    if (!peer->ep_closed || peer->on_wire != 0 || peer->arriving != 0) {
+    if (!peer->links.empty() || peer->on_wire != 0 || peer->arriving != 0) {
       ++i;
       continue;
     }
-    busy = true;
+    any = true;
     closing_.erase(closing_.begin() + static_cast<ptrdiff_t>(i));
     Retire(*peer);
+    peer->link = nullptr;
   }
-  if (closing_all_ && closing_.empty() && by_token_.empty()) all_closed_ = true;
-  if (pump_) Pump(), busy = true;
-  return busy;
+  return any;
 }
 
 void UcxTransport::Close() {
@@ -852,8 +995,7 @@ void UcxTransport::Close() {
     std::lock_guard lock(mu_);
     if (std::exchange(closed_, true)) return;
   }
-  if (worker_fd_ >= 0) {
-    (void)driver_.WaitFor([this] { return connecting_ == 0; }, kHandshakeGrace);
+  if (listener_ != nullptr) {
     driver_.Post([this] {
       std::vector<std::shared_ptr<Peer>> all;
       {
@@ -862,16 +1004,13 @@ void UcxTransport::Close() {
       }
       for (const auto& peer : all) {
         peer->by_our_close = true;
-        if (peer->state == Peer::State::kReady && !peer->failing) {
-          auto send = std::make_unique<Send>();
-          send->peer = peer;
-          send->counted = false;
-          MessageFrame frame;
-          frame.type = MessageType::kGoodbye;
-          send->head.append(reinterpret_cast<const char*>(&frame), sizeof(frame));
-          Launch(std::move(send), UCP_AM_SEND_FLAG_EAGER);
-        }
+        if (peer->state == Peer::State::kReady && !peer->failing) SendControl(peer, MessageType::kGoodbye);
         MarkFailed(peer, absl::CancelledError("transport closed"));
+      }
+      for (ucp_conn_request_h request : std::exchange(requests_, {})) (void)ucp_listener_reject(listener_, request);
+      ucp_listener_destroy(std::exchange(listener_, nullptr));
+      for (const auto& [ep, link] : links_) {
+        if (link->peer == nullptr) CloseLink(link);
       }
       closing_all_ = true;
     });
@@ -882,6 +1021,7 @@ void UcxTransport::Close() {
   for (Task& task : driver_.Stop()) task();  // sends and disconnects that came last: they find their peers gone
   if (worker_ != nullptr) ucp_worker_destroy(worker_);
   for (const auto& peer : std::exchange(closing_, {})) Retire(*peer);
+  links_.clear();
   if (context_ != nullptr) ucp_cleanup(context_);
   worker_ = nullptr;
   context_ = nullptr;

@@ -10,9 +10,13 @@
 // wins over what is set here. ucx_transport.cc is the only file that includes UCX's headers. Without UCX in the build
 // UcxAvailable() is false and CreateUcxTransport answers Unimplemented.
 //
-// Addresses from peers are framed with magic, version, length and digest, because UCX's own parser takes no length: one
-// that does not check out is InvalidArgument and never reaches UCX. Junk sent to UCX's TCP port is UCX's to survive:
-// keep that port among peers.
+// An address says where the transport listens and is ours, framed with magic, lengths and digest: one that does not
+// check out is InvalidArgument, and nothing of it is ever parsed by UCX. Junk sent to the ports themselves is UCX's to
+// survive: keep them among peers (TransportOptions::listen_port, UCX_TCP_PORT_RANGE).
+//
+// A link that goes dead without a reset while data is unacknowledged is TCP's to notice, after net.ipv4.tcp_retries2.
+// Who cannot wait for that disconnects: Disconnect, and so Receiver::Fence and ~Sender, are bounded whatever the peer
+// does.
 #pragma once
 
 #include <memory>

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where this process can be reached: its network addresses, and which host and network namespace it is in. Internal to
+// kvtransfer.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace millrace::kvtransfer::internal {
+
+struct IpAddress {
+  bool is_v6 = false;
+  std::array<uint8_t, 16> bytes{};  // network order; the first four for IPv4
+  friend bool operator==(const IpAddress&, const IpAddress&) = default;
+};
+
+inline constexpr IpAddress kLoopbackV4{false, {127, 0, 0, 1}};
+inline constexpr IpAddress kLoopbackV6{true, {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1}};
+
+// Addresses of interfaces that are up, loopback and link-local ones left out, at most `limit`. If `devices`
+// (UCX_NET_DEVICES: names separated by commas, ports after a colon) names some of them, only those.
+std::vector<IpAddress> LocalAddresses(const std::string& devices, size_t limit);
+
+// Equal in two processes exactly if 127.0.0.1 is the same place for both.
+uint64_t HostId();
+
+std::string ToString(const IpAddress& address);
+
+}  // namespace millrace::kvtransfer::internal

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+// GB/s and latency of the UCX transport between two processes, and of a whole hand-off with digests.
+//
+// One measurement a run, so that bench.sh can take turns with ucx_perftest:
+//   transport_bench bandwidth BYTES [SECONDS]   messages of BYTES, kWindow in flight; prints GB/s
+//   transport_bench latency BYTES [SECONDS]     ping and pong of BYTES; prints microseconds, half of a round trip
+//   transport_bench wait BYTES [SECONDS]        the same, driven by the waiting thread (WaitFor), as expert rows are
+//   transport_bench handoff BYTES [SECONDS]     extents of BYTES through Sender, Receiver and Verify; prints GB/s
+// The first word may be prefixed by "loopback-" to measure the in-process transport. Payloads are checked: a wrong byte
+// fails the run.
+#include <signal.h>
+#include <spawn.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "kvtransfer/loopback_transport.h"
+#include "kvtransfer/receiver.h"
+#include "kvtransfer/sender.h"
+#include "kvtransfer/status.h"
+#include "kvtransfer/ucx_transport.h"
+
+extern char** environ;
+
+namespace millrace::kvtransfer {
+namespace {
+
+constexpr uint16_t kPing = 2, kPong = 3;
+constexpr int kWindow = 4;  // as ucx_perftest -O 4
+constexpr uint64_t kExtents = 16;
+
+absl::Span<const uint8_t> Bytes(absl::string_view s) { return {reinterpret_cast<const uint8_t*>(s.data()), s.size()}; }
+
+class Handler : public MessageHandler {
+ public:
+  using Function = std::function<Placement(const IncomingMessage&)>;
+  explicit Handler(Function f) : f_(std::move(f)) {}
+  Placement OnMessage(const IncomingMessage& message) override { return f_(message); }
+
+ private:
+  Function f_;
+};
+
+TransportOptions Quiet() {
+  TransportOptions options;
+  options.log = [](absl::string_view) {};
+  return options;
+}
+
+// The other end: takes everything, answers pings, and holds a lease for hand-offs that it verifies on demand. What a
+// control plane would say goes over the pong channel.
+class Peer {
+ public:
+  Peer(Transport& transport, size_t bytes) : transport_(transport), receiver_(transport), memory_(bytes * kExtents) {
+    pong_.resize(bytes);
+    buffers_.assign(2 * kWindow, std::vector<uint8_t>(bytes));
+    transport.SetHandler(kPing, &handler_);
+  }
+  ~Peer() { transport_.SetHandler(kPing, nullptr); }
+
+ private:
+  Placement OnPing(const IncomingMessage& m) {
+    const absl::string_view header(reinterpret_cast<const char*>(m.header.data()), m.header.size());
+    std::vector<uint8_t>& buffer = buffers_[next_++ % buffers_.size()];
+    if (header == "sink") return Placement::Into({buffer.data(), buffer.size()}, nullptr);
+    if (header == "ping") {
+      return Placement::Into({buffer.data(), buffer.size()}, [this, from = m.from](absl::Status) {
+        (void)transport_.SendMessage(from, kPong, {}, {pong_.data(), pong_.size()}, nullptr);
+      });
+    }
+    // "open LEASE" or an encoded manifest.
+    uint64_t lease = 0;
+    if (absl::ConsumePrefix(&const_cast<absl::string_view&>(header), "open ") && absl::SimpleAtoi(header, &lease)) {
+      std::vector<ExpectedExtent> extents;
+      const size_t bytes = memory_.size() / kExtents;
+      for (uint64_t i = 0; i < kExtents; ++i) extents.push_back({i, {memory_.data() + i * bytes, bytes}});
+      CHECK(receiver_.Open({lease, 1}, std::move(extents)).ok());
+    } else {
+      auto manifest = DecodeManifest({reinterpret_cast<const char*>(m.payload.data()), m.payload.size()});
+      CHECK(manifest.ok(), manifest.status().ToString());
+      auto verified = receiver_.Verify(*manifest);
+      CHECK(verified.ok(), verified.status().ToString());
+      const bool complete = verified->complete;
+      if (complete) receiver_.Fence(manifest->key.lease, nullptr);
+      (void)transport_.SendMessage(m.from, kPong, Bytes(complete ? "complete" : "again"), {}, nullptr);
+      return Placement::Consumed();
+    }
+    (void)transport_.SendMessage(m.from, kPong, Bytes("open"), {}, nullptr);
+    return Placement::Consumed();
+  }
+
+  Transport& transport_;
+  Receiver receiver_;
+  Handler handler_{[this](const IncomingMessage& m) { return OnPing(m); }};
+  std::vector<uint8_t> memory_, pong_;
+  std::vector<std::vector<uint8_t>> buffers_;
+  size_t next_ = 0;
+};
+
+int RunPeer(const char* address, size_t bytes) {
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  auto transport = CreateUcxTransport(Quiet());
+  CHECK(transport.ok(), transport.status().ToString());
+  Peer peer(**transport, bytes);
+  auto parent = (*transport)->Connect(absl::HexStringToBytes(address));
+  CHECK(parent.ok());
+  CHECK((*transport)->SendMessage(*parent, kPong, Bytes("hello"), {}, nullptr).ok());
+  pause();
+  return 0;
+}
+
+class Bench {
+ public:
+  Bench(Transport& transport, size_t bytes) : transport_(transport), payload_(bytes, 0x5a), reply_(bytes) {
+    transport.SetHandler(kPong, &handler_);
+  }
+  ~Bench() { transport_.SetHandler(kPong, nullptr); }
+
+  void AwaitHello() {
+    CHECK(transport_.WaitFor([&] { return pongs_ == 1; }, absl::Seconds(20)), "no peer");
+  }
+
+  double Bandwidth(double seconds) {
+    auto run = [&](double limit) {
+      uint64_t sent = 0;
+      const absl::Time start = absl::Now();
+      while (absl::ToDoubleSeconds(absl::Now() - start) < limit || sent < 2 * kWindow) {
+        while (sent - completed_ >= kWindow)
+          transport_.WaitFor([&] { return sent - completed_ < kWindow; }, absl::Seconds(20));
+        CHECK(transport_
+                  .SendMessage(peer_, kPing, Bytes("sink"), Payload(),
+                               [&](absl::Status s) {
+                                 CHECK(s.ok(), s.ToString());
+                                 ++completed_;
+                               })
+                  .ok());
+        ++sent;
+      }
+      transport_.WaitFor([&] { return completed_ == sent; }, absl::Seconds(20));
+      const double took = absl::ToDoubleSeconds(absl::Now() - start);
+      completed_ = 0;
+      return static_cast<double>(sent * payload_.size()) / took / 1e9;
+    };
+    run(seconds / 5);  // warm
+    return run(seconds);
+  }
+
+  // `driving`: the waiting thread polls the wire. Otherwise it sleeps, as a thread that knows nothing of transports.
+  double Latency(double seconds, bool driving) {
+    auto once = [&] {
+      const uint64_t before = pongs_;
+      CHECK(transport_.SendMessage(peer_, kPing, Bytes("ping"), Payload(), nullptr).ok());
+      if (driving) {
+        CHECK(transport_.WaitFor([&] { return pongs_ != before; }, absl::Seconds(20)));
+      } else {
+        pongs_.wait(before);
+      }
+    };
+    for (int i = 0; i < 100; ++i) once();
+    uint64_t rounds = 0;
+    const absl::Time start = absl::Now();
+    while (absl::ToDoubleSeconds(absl::Now() - start) < seconds) {
+      for (int i = 0; i < 20; ++i) once();
+      rounds += 20;
+    }
+    return absl::ToDoubleMicroseconds(absl::Now() - start) / static_cast<double>(rounds) / 2;
+  }
+
+  double Handoff(double seconds) {
+    std::vector<uint8_t> source(payload_.size() * kExtents);
+    for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+    uint64_t lease = 0, bytes = 0;
+    const absl::Time start = absl::Now();
+    while (absl::ToDoubleSeconds(absl::Now() - start) < seconds || lease < 2) {
+      Ask(absl::StrCat("open ", ++lease), {});
+      Sender sender(transport_, peer_, {lease, 1});
+      for (uint64_t i = 0; i < kExtents; ++i)
+        CHECK(sender.Send(i, {source.data() + i * payload_.size(), payload_.size()}).ok());
+      CHECK(sender.FlushAndWait(absl::Seconds(20)).ok());
+      auto manifest = sender.BuildManifest("");
+      CHECK(manifest.ok());
+      // The sender's last completion may be a little ahead of the receiver's last digest.
+      while (Ask("commit", EncodeManifest(*manifest)) == "again") {
+      }
+      bytes += source.size();
+    }
+    return static_cast<double>(bytes) / absl::ToDoubleSeconds(absl::Now() - start) / 1e9;
+  }
+
+ private:
+  ConstMemory Payload() const { return {payload_.data(), payload_.size()}; }
+  std::string Ask(const std::string& header, std::string payload) {
+    const uint64_t before = pongs_;
+    CHECK(transport_.SendMessage(peer_, kPing, Bytes(header), {payload.data(), payload.size()}, nullptr).ok());
+    CHECK(transport_.WaitFor([&] { return pongs_ != before; }, absl::Seconds(20)));
+    return answer_;
+  }
+  Placement OnPong(const IncomingMessage& m) {
+    peer_ = m.from;
+    answer_.assign(reinterpret_cast<const char*>(m.header.data()), m.header.size());
+    auto count = [this] { ++pongs_, pongs_.notify_all(); };
+    if (m.payload_bytes == 0) {
+      count();
+      return Placement::Consumed();
+    }
+    return Placement::Into({reply_.data(), reply_.size()}, [count](absl::Status) { count(); });
+  }
+
+  Transport& transport_;
+  Handler handler_{[this](const IncomingMessage& m) { return OnPong(m); }};
+  std::vector<uint8_t> payload_, reply_;
+  PeerId peer_;
+  std::string answer_;
+  std::atomic<uint64_t> pongs_{0}, completed_{0};
+};
+
+int Measure(std::string what, const char* bytes_word, double seconds, const char* self) {
+  size_t bytes = 0;
+  if (!absl::SimpleAtoi(bytes_word, &bytes)) return 2;
+  const bool loopback = what.rfind("loopback-", 0) == 0;
+  if (loopback) what = what.substr(9);
+
+  auto hub = LoopbackHub::Create();
+  std::unique_ptr<Transport> transport, other;
+  std::unique_ptr<Peer> local_peer;
+  pid_t child = -1;
+  if (loopback) {
+    transport = CreateLoopbackTransport(hub, Quiet());
+    other = CreateLoopbackTransport(hub, Quiet());
+    local_peer = std::make_unique<Peer>(*other, bytes);
+  } else {
+    auto created = CreateUcxTransport(Quiet());
+    CHECK(created.ok(), created.status().ToString());
+    transport = std::move(*created);
+  }
+  double result = 0;
+  {
+    Bench bench(*transport, bytes);
+    if (loopback) {
+      CHECK(other->SendMessage(*other->Connect(transport->address()), kPong, Bytes("hello"), {}, nullptr).ok());
+    } else {
+      std::string address = absl::BytesToHexString(transport->address()), size = bytes_word;
+      char peer_word[] = "--peer";
+      char* argv[] = {const_cast<char*>(self), peer_word, address.data(), size.data(), nullptr};
+      CHECK(posix_spawn(&child, "/proc/self/exe", nullptr, nullptr, argv, environ) == 0);
+    }
+    bench.AwaitHello();
+    if (what == "bandwidth")
+      result = bench.Bandwidth(seconds);
+    else if (what == "latency" || what == "wait")
+      result = bench.Latency(seconds, what == "wait");
+    else if (what == "handoff")
+      result = bench.Handoff(seconds);
+    else
+      return 2;
+  }
+  transport->Close();
+  if (other) other->Close();
+  if (child > 0) {
+    kill(child, SIGKILL);
+    waitpid(child, nullptr, 0);
+  }
+  std::printf("%.3f\n", result);
+  return 0;
+}
+
+}  // namespace
+}  // namespace millrace::kvtransfer
+
+int main(int argc, char** argv) {
+  using namespace millrace::kvtransfer;
+  size_t bytes = 0;
+  if (argc == 4 && std::strcmp(argv[1], "--peer") == 0 && absl::SimpleAtoi(argv[3], &bytes))
+    return RunPeer(argv[2], bytes);
+  if (argc < 3) {
+    std::fprintf(stderr, "usage: %s [loopback-]bandwidth|latency|wait|handoff BYTES [SECONDS]\n", argv[0]);
+    return 2;
+  }
+  return Measure(argv[1], argv[2], argc > 3 ? std::atof(argv[3]) : 1.0, argv[0]);
+}
