@@ -196,13 +196,13 @@ struct Answer {
 
 class Cluster {
  public:
-  explicit Cluster(const std::string& expert_transport = "kvtransfer", int experts = 2) {
+  explicit Cluster(const std::string& expert_transport = "kvtransfer", int num_experts = 2) {
     hub_ = kvtransfer::LoopbackHub::Create();
     auto started = RpcServer::Start({"127.0.0.1:0"}, {&router});
     CHECK(started.ok(), std::string(started.status().message()));
     router_server_ = *std::move(started);
     std::string pool;
-    for (int i = 0; i < experts; ++i) absl::StrAppend(&pool, i > 0 ? "," : "", "{}");
+    for (int i = 0; i < num_experts; ++i) absl::StrAppend(&pool, i > 0 ? "," : "", "{}");
     auto config = ParseClusterConfig(
         absl::StrCat(R"({"model":{"path":"deploy/demo/model"},"router":{"control_listen":")", router_server_->address(),
                      R"("},"prefill":[{"max_batch_tokens":100,"cache_pages":32}],"decode":[{"cache_pages":32}],)",
@@ -211,7 +211,7 @@ class Cluster {
         ".");
     CHECK(config.ok(), std::string(config.status().message()));
     config_ = *std::move(config);
-    for (int i = 0; i < experts; ++i) StartExpert(i);
+    for (int i = 0; i < num_experts; ++i) StartExpert(i);
     prefill = Made(prefill::PrefillWorker::Start(Config(v1::ROLE_PREFILL, "prefill-0"), Environment()));
     decode = Made(decode::DecodeWorker::Start(Config(v1::ROLE_DECODE, "decode-0"), Environment()));
   }
@@ -346,8 +346,8 @@ class Workers : public ::testing::Test {
 };
 
 TEST_F(Workers, ARequestOverTheWireGivesTheBitsOfOneProcess) {
-  for (const auto& [expert_transport, experts] : {std::pair("kvtransfer", 3), std::pair("grpc", 2), std::pair("", 0)}) {
-    Cluster cluster(expert_transport, experts);
+  for (const auto& [expert_transport, members] : {std::pair("kvtransfer", 3), std::pair("grpc", 2), std::pair("", 0)}) {
+    Cluster cluster(expert_transport, members);
     ASSERT_TRUE(cluster.BecomesReady()) << cluster.router.Get("decode-0").status.DebugString();
     for (int64_t length : {1, 130, 300}) {
       const auto prompt = MakePrompt(length);
