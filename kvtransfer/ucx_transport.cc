@@ -56,6 +56,10 @@ constexpr unsigned kAmId = 1;
 constexpr int kMaxProgressRounds = 64;
 // A message occupies the wire with its header too; without this, endless empty messages would cost nothing.
 constexpr size_t kMessageCost = 1024;
+// UCX's own thread may still hand a connection to a listener that is being destroyed (a crash seen with 1.22). Whoever
+// connects says its first word within a millisecond, so the listener is kept, refusing, a little longer than anything
+// else.
+constexpr absl::Duration kListenerDrain = absl::Milliseconds(10);
 // After a forced close UCX completes what was outstanding within milliseconds. If it does not, we say so and keep the
 // memory: it is not safe to give it back.
 constexpr absl::Duration kCloseWarning = absl::Seconds(5);
@@ -1007,8 +1011,6 @@ void UcxTransport::Close() {
         if (peer->state == Peer::State::kReady && !peer->failing) SendControl(peer, MessageType::kGoodbye);
         MarkFailed(peer, absl::CancelledError("transport closed"));
       }
-      for (ucp_conn_request_h request : std::exchange(requests_, {})) (void)ucp_listener_reject(listener_, request);
-      ucp_listener_destroy(std::exchange(listener_, nullptr));
       for (const auto& [ep, link] : links_) {
         if (link->peer == nullptr) CloseLink(link);
       }
@@ -1017,8 +1019,13 @@ void UcxTransport::Close() {
     // Bounded by UCX's forced close. If that hangs, the worker's destruction below ends what it carried.
     if (!driver_.WaitFor([this] { return all_closed_.load(); }, 2 * kCloseWarning))
       Log("closing took too long; destroying the worker with connections open");
+    (void)driver_.WaitFor([] { return false; }, kListenerDrain);
   }
   for (Task& task : driver_.Stop()) task();  // sends and disconnects that came last: they find their peers gone
+  if (listener_ != nullptr) {
+    for (ucp_conn_request_h request : std::exchange(requests_, {})) (void)ucp_listener_reject(listener_, request);
+    ucp_listener_destroy(std::exchange(listener_, nullptr));
+  }
   if (worker_ != nullptr) ucp_worker_destroy(worker_);
   for (const auto& peer : std::exchange(closing_, {})) Retire(*peer);
   links_.clear();
