@@ -132,7 +132,7 @@ TEST_P(Equality, AnyChunkingGivesTheBitsOfOnePass) {
   cuts["127s"] = Cut(kTokens, 127, 127);
   cuts["129s"] = Cut(kTokens, 129, 129);
   std::mt19937 random(20);
-  for (int i = 0; i < (LongTests() ? 200 : 12); ++i) cuts[absl::StrCat("random cut ", i)] = RandomCut(kTokens, random);
+  for (int i = 0; i < (LongTests() ? 200 : 5); ++i) cuts[absl::StrCat("random cut ", i)] = RandomCut(kTokens, random);
 
   for (const auto& [name, sizes] : cuts) {
     SCOPED_TRACE(name);
@@ -200,7 +200,7 @@ TEST_P(Equality, BatchedWithOthersGivesTheBitsOfAlone) {
   for (const int length : {3, 61, 128, 133, 300, 530}) runners.push_back({RandomTokens(GetParam(), length, length)});
   for (Runner& runner : runners) runner.alone = RunFresh(*engine, {.tokens = runner.tokens});
 
-  for (int seed = 0; seed < (LongTests() ? 60 : 4); ++seed) {
+  for (int seed = 0; seed < (LongTests() ? 60 : 2); ++seed) {
     SCOPED_TRACE(absl::StrCat("seed ", seed));
     std::mt19937 random(seed);
     ScatterPages(*engine);
@@ -244,7 +244,7 @@ TEST_P(Equality, DecodeBatchOfEverySizeGivesTheBitsOfAlone) {
     runners.push_back({RandomTokens(GetParam(), length + kSteps, length)});
   for (Runner& runner : runners) runner.alone = RunFresh(*engine, {.tokens = runner.tokens});
   std::mt19937 random(7);
-  for (size_t batch = 1; batch <= runners.size(); ++batch) {
+  for (const size_t batch : {1, 2, 3, 5, 8}) {
     SCOPED_TRACE(absl::StrCat(batch, " sequences"));
     std::vector<Runner> chosen(runners.begin(), runners.begin() + static_cast<std::ptrdiff_t>(batch));
     for (Runner& runner : chosen) {

@@ -177,12 +177,17 @@ TEST(DemoModelExact, AllTwentyGreedyContinuationsAreIdentical) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Two right implementations that sum in different orders: < 0.01 % after layer 0, <= 0.2 % after layer 1, <= 1.7 %
-// after the last; selections overlap by 94 to 100 %; mean difference of log-probabilities 0.00024. `exact` is 2.5 to 5
-// % away from layer 0 on, and 0.00065 in log-probabilities.
+// after the last; mean difference of log-probabilities 0.00024. `exact` is 2.5 to 5 % away from layer 0 on, and 0.00065
+// in log-probabilities. Selections overlap by 94 to 100 % in a row, except that in one (case 18, second CSA layer,
+// position 3124) three right implementations agree pairwise on 121, 118 and 116 of 128 entries: hence a floor for the
+// worst row and a tighter bound for the mean. The FIM case is nonsense to the model and chaotic (the oracle itself,
+// with another order of summation, turns an argmax that led by 0.52): it counts neither for log-probabilities nor for
+// argmax.
 constexpr double kStreamsAfterLayer0 = 0.0005;
 constexpr double kStreamsAfterLayer1 = 0.006;
 constexpr double kStreamsAfterLast = 0.025;
-constexpr double kSelectionOverlap = 0.93;
+constexpr double kSelectionOverlap = 0.90;
+constexpr double kMeanSelectionOverlap = 0.96;
 constexpr double kEqualExpertRows = 0.97;
 constexpr double kLogprobDifference = 0.0004;
 constexpr double kMargin = 0.1;
@@ -201,20 +206,22 @@ struct ReleaseStatistics {
   double equal_values_after_layer1 = 0;                                               // share, median of positions
   double repeated_selections = 0;                                                     // share of rounding's own
   double least_selection_overlap = 0;                                                 // share, worst row
-  double equal_expert_rows = 0;                                                       // share of (layer, position)
-  double logprob_difference = 0;                                                      // mean, without the FIM case
-  int argmax_differences = 0;  // where the margin exceeds kMargin
+  double mean_selection_overlap = 0;
+  double equal_expert_rows = 0;                 // share of (layer, position)
+  double logprob_difference = 0;                // mean, without the FIM case
+  std::vector<std::string> argmax_differences;  // where the margin exceeds kMargin
   int num_stream_cases = 0, num_selections = 0, num_expert_rows = 0, num_tokens = 0;
 
   std::string ToString() const {
     return absl::StrFormat(
-        "streams %.4f%% %.3f%% %.2f%% (%d cases), equal values after layers 0 and 1 %.2f%% %.2f%%, least selection "
-        "overlap %.1f%% of %d, repeated selections %.1f%%, equal experts %.2f%% of %d rows, log-probabilities %.6f (%d "
+        "streams %.4f%% %.3f%% %.2f%% (%d cases), equal values after layers 0 and 1 %.2f%% %.2f%%, selections "
+        "overlap %.1f%% at least and %.1f%% in the mean of %d, repeated selections %.1f%%, equal experts %.2f%% of %d "
+        "rows, log-probabilities %.6f (%d "
         "tokens), argmax differences %d",
         100 * streams_after_layer0, 100 * streams_after_layer1, 100 * streams_after_last, num_stream_cases,
-        100 * equal_values_after_layer0, 100 * equal_values_after_layer1, 100 * least_selection_overlap, num_selections,
-        100 * repeated_selections, 100 * equal_expert_rows, num_expert_rows, logprob_difference, num_tokens,
-        argmax_differences);
+        100 * equal_values_after_layer0, 100 * equal_values_after_layer1, 100 * least_selection_overlap,
+        100 * mean_selection_overlap, num_selections, 100 * repeated_selections, 100 * equal_expert_rows,
+        num_expert_rows, logprob_difference, num_tokens, argmax_differences.size());
   }
 };
 
@@ -233,10 +240,11 @@ std::vector<std::string> BrokenBounds(const ReleaseStatistics& s) {
   at_least("equal values after layer 0", s.equal_values_after_layer0, kEqualValuesAfterLayer0);
   at_least("equal values after layer 1", s.equal_values_after_layer1, kEqualValuesAfterLayer1);
   at_least("repeated selections", s.repeated_selections, kRepeatedSelections);
-  at_least("selection overlap", s.least_selection_overlap, kSelectionOverlap);
+  at_least("least selection overlap", s.least_selection_overlap, kSelectionOverlap);
+  at_least("mean selection overlap", s.mean_selection_overlap, kMeanSelectionOverlap);
   at_least("equal expert rows", s.equal_expert_rows, kEqualExpertRows);
   at_most("difference of log-probabilities", s.logprob_difference, kLogprobDifference);
-  at_most("argmax differences", s.argmax_differences, 0);
+  for (const std::string& difference : s.argmax_differences) broken.push_back("argmax: " + difference);
   return broken;
 }
 
@@ -311,8 +319,10 @@ std::vector<double> SelectionOverlaps(const Arrays& goldens, const std::string& 
   return overlaps;
 }
 
-// Scores prompt and continuation of the demo cases; `all_cases` or only the six with detailed goldens.
-ReleaseStatistics CompareWithReleaseGoldens(Engine& engine, bool all_cases) {
+enum class Cases { kAll, kShortDetailed };  // the latter: those of less than 1,000 tokens that have layer goldens
+
+// Scores prompt and continuation of the demo cases.
+ReleaseStatistics CompareWithReleaseGoldens(Engine& engine, Cases cases) {
   const json greedy = ReadJson(absl::StrCat(kDemoGoldens, "/golden_greedy.json"));
   const json release = ReadJson(absl::StrCat(kDemoGoldens, "/golden_release.json"));
   const Arrays layers(absl::StrCat(kDemoGoldens, "/golden_release.safetensors"));
@@ -324,12 +334,12 @@ ReleaseStatistics CompareWithReleaseGoldens(Engine& engine, bool all_cases) {
   for (size_t n = 0; n < greedy.size(); ++n) {
     const std::string name = absl::StrCat("case", n);
     const bool detailed = layers.Has(name + ".streams");
-    if (!detailed && !all_cases) continue;
 
     auto tokens = greedy[n]["prompt_ids"].get<std::vector<int32_t>>();
     const auto num_prompt = static_cast<int32_t>(tokens.size());
     const auto continuation = greedy[n]["greedy_ids"].get<std::vector<int32_t>>();
     tokens.insert(tokens.end(), continuation.begin(), continuation.end());
+    if (cases == Cases::kShortDetailed && (!detailed || tokens.size() >= 1000)) continue;
     std::set<int32_t> positions;
     for (size_t i = 0; i < continuation.size(); ++i) positions.insert(num_prompt - 1 + static_cast<int32_t>(i));
     for (const Arrays* goldens : {&layers, &selections})
@@ -357,9 +367,12 @@ ReleaseStatistics CompareWithReleaseGoldens(Engine& engine, bool all_cases) {
       const int64_t row = RowOf(observed, num_prompt - 1 + static_cast<int32_t>(i));
       const std::vector<double> ours = LogProbabilities(Row(observed.logits, row, config.vocab_size));
       const auto best = static_cast<int32_t>(std::max_element(ours.begin(), ours.end()) - ours.begin());
-      if (best != argmax[i] && margin[i] > kMargin) ++statistics.argmax_differences;
-      if (!greedy[n].contains("fim"))
-        samples.logprob_difference.push_back(std::abs(ours[continuation[i]] - logprobs[i]));
+      if (greedy[n].contains("fim")) continue;
+      if (best != argmax[i] && margin[i] > kMargin)
+        statistics.argmax_differences.push_back(
+            absl::StrFormat("%s token %d: %d instead of %d, which leads it by %.3f here and by %.3f in the goldens",
+                            name, i, best, argmax[i], ours[argmax[i]] - ours[best], margin[i]));
+      samples.logprob_difference.push_back(std::abs(ours[continuation[i]] - logprobs[i]));
     }
   }
 
@@ -370,6 +383,7 @@ ReleaseStatistics CompareWithReleaseGoldens(Engine& engine, bool all_cases) {
   statistics.equal_values_after_layer1 = Median(samples.equal_values_after_layer1);
   statistics.least_selection_overlap =
       *std::min_element(samples.selection_overlap.begin(), samples.selection_overlap.end());
+  statistics.mean_selection_overlap = Mean(samples.selection_overlap);
   statistics.repeated_selections = Mean(samples.repeated_selections);
   statistics.equal_expert_rows = Mean(samples.equal_experts);
   statistics.logprob_difference = Mean(samples.logprob_difference);
@@ -382,7 +396,7 @@ ReleaseStatistics CompareWithReleaseGoldens(Engine& engine, bool all_cases) {
 
 TEST(DemoModelRelease, StaysWithinEveryBoundOfTheReleaseGoldens) {
   const std::unique_ptr<Engine> engine = MakeEngine(kDemoModel, {.numerics = Numerics::kRelease});
-  const ReleaseStatistics statistics = CompareWithReleaseGoldens(*engine, /*all_cases=*/true);
+  const ReleaseStatistics statistics = CompareWithReleaseGoldens(*engine, Cases::kAll);
   absl::PrintF("%s\n", statistics.ToString());
   EXPECT_THAT(BrokenBounds(statistics), testing::IsEmpty());
   EXPECT_EQ(statistics.num_stream_cases, 6);
@@ -393,7 +407,7 @@ TEST(DemoModelRelease, StaysWithinEveryBoundOfTheReleaseGoldens) {
 
 TEST(DemoModelRelease, ExactNumericsBreakTheBounds) {
   const std::unique_ptr<Engine> engine = MakeEngine(kDemoModel, {.numerics = Numerics::kExact});
-  const ReleaseStatistics statistics = CompareWithReleaseGoldens(*engine, /*all_cases=*/false);
+  const ReleaseStatistics statistics = CompareWithReleaseGoldens(*engine, Cases::kShortDetailed);
   absl::PrintF("%s\n", statistics.ToString());
   EXPECT_GT(statistics.streams_after_layer0, kStreamsAfterLayer0);
   EXPECT_GT(statistics.streams_after_layer1, kStreamsAfterLayer1);
@@ -411,7 +425,7 @@ TEST_P(ForgottenRounding, BreaksABound) {
   ASSERT_TRUE(rounding.*GetParam().member);
   rounding.*GetParam().member = false;
   const std::unique_ptr<Engine> engine = MakeEngine(kDemoModel, {.numerics = Numerics::kRelease, .rounding = rounding});
-  const ReleaseStatistics statistics = CompareWithReleaseGoldens(*engine, /*all_cases=*/false);
+  const ReleaseStatistics statistics = CompareWithReleaseGoldens(*engine, Cases::kShortDetailed);
   const std::vector<std::string> broken = BrokenBounds(statistics);
   absl::PrintF("without %s: %s\n", GetParam().name, statistics.ToString());
   for (const std::string& bound : broken) absl::PrintF("  broken: %s\n", bound);
