@@ -8,7 +8,7 @@
 #
 #   deploy/setup.sh          build and test packages
 #   deploy/setup.sh --lint   the above, clang-format-16, clang-tidy-16 and shellcheck
-#   deploy/setup.sh --cuda   the above build packages and the CUDA toolchain (about 1 GB on disk)
+#   deploy/setup.sh --cuda   the above build packages and the CUDA toolchain (about 420 MB on disk)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

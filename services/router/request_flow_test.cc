@@ -494,6 +494,7 @@ TEST_F(RequestFlowTest, AWorkerThatCameBackIsUsedWithoutRestartingAnything) {
   Join();
   auto before = Start(Request());
   ASSERT_TRUE(before.sink->WaitEnd());
+  ExpectNothingLeft();  // the fake keeps its leases over its death
   Die(decode_connection_);
   EXPECT_FALSE(flow_->Ready().ok());
   JoinOne(v1::ROLE_DECODE, "d0", kDecode, decode_server_->address(), decode_connection_);

@@ -89,6 +89,7 @@ class Cluster:
         for role, entries in sections.items():
             self.roles.update({entry["worker"]["name"]: role for entry in entries})
         self.processes = {}
+        self.told = set()  # processes that had their SIGTERM: a second one means "at once"
 
     def __enter__(self):
         for name in self.roles:
@@ -117,6 +118,8 @@ class Cluster:
 
     def kill(self, name, how=signal.SIGKILL):
         self.processes[name].send_signal(how)
+        if how == signal.SIGTERM:
+            self.told.add(self.processes[name].pid)
         if how == signal.SIGKILL:
             self.processes[name].wait()
 
@@ -126,8 +129,8 @@ class Cluster:
         for stage in (("router",), ("prefill", "decode"), ("expert",)):
             names = [name for name in self.processes if self.roles[name] in stage]
             for name in names:
-                if self.processes[name].poll() is None:
-                    self.processes[name].terminate()
+                if self.processes[name].poll() is None and self.processes[name].pid not in self.told:
+                    self.kill(name, signal.SIGTERM)
             for name in names:
                 try:
                     codes[name] = self.processes[name].wait(timeout=40)

@@ -257,6 +257,7 @@ class Drain(ClusterCase):
             next(events)
             cluster.kill("router", signal.SIGTERM)
             self.assertEqual(list(events)[-1], "[DONE]")
+            stream.close()
 
 
 def child_of(parent, word):

@@ -178,15 +178,13 @@ TEST(DemoModelExact, AllTwentyGreedyContinuationsAreIdentical) {
 
 // Two right implementations that sum in different orders: < 0.01 % after layer 0, <= 0.2 % after layer 1, <= 1.7 %
 // after the last; mean difference of log-probabilities 0.00024. `exact` is 2.5 to 5 % away from layer 0 on, and 0.00065
-// in log-probabilities. Selections overlap by 94 to 100 % in a row, except that in one (case 18, second CSA layer,
-// position 3124) three right implementations agree pairwise on 121, 118 and 116 of 128 entries: hence a floor for the
-// worst row and a tighter bound for the mean. The FIM case is nonsense to the model and chaotic (the oracle itself,
+// in log-probabilities. Selections overlap by 94 to 100 % in every row. The FIM case is nonsense to the model and chaotic (the oracle itself,
 // with another order of summation, turns an argmax that led by 0.52): it counts neither for log-probabilities nor for
 // argmax.
 constexpr double kStreamsAfterLayer0 = 0.0005;
 constexpr double kStreamsAfterLayer1 = 0.006;
 constexpr double kStreamsAfterLast = 0.025;
-constexpr double kSelectionOverlap = 0.90;
+constexpr double kSelectionOverlap = 0.93;
 constexpr double kMeanSelectionOverlap = 0.96;
 constexpr double kEqualExpertRows = 0.97;
 constexpr double kLogprobDifference = 0.0004;
