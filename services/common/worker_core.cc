@@ -112,9 +112,7 @@ absl::Status WorkerCore::MakeTransport() {
   kvtransfer::TransportOptions options;
   options.name = config_.worker().name();
   ASSIGN_OR_RETURN(transport_, kvtransfer::CreateUcxTransport(options));
-  for (absl::string_view line : {absl::string_view(transport_->Describe())}) {
-    spdlog::info("{} {} transport: {}", RoleWord(config_.role), config_.worker().name(), std::string(line));
-  }
+  spdlog::info("{} {} transport: {}", RoleWord(config_.role), config_.worker().name(), transport_->Describe());
   return absl::OkStatus();
 }
 
