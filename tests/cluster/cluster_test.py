@@ -143,6 +143,7 @@ class Deaths(ClusterCase):
             next(events)
         self.cluster.kill("prefill-0")
         self.assertEqual(list(events)[-1], "[DONE]")
+        stream.close()
         self.recover("prefill-0")
 
     def test_workers_killed_during_prefill(self):
