@@ -12,7 +12,7 @@ import threading
 import time
 import unittest
 
-from cluster import BINARY, PATIENCE, Cluster, float32, run_alone, wait_until
+from cluster import BINARY, PATIENCE, ROOT, Cluster, float32, run_alone, wait_until
 
 LENGTHS = [*range(1, 7), *range(127, 134), *range(255, 259), *range(511, 515), 1000, 3000, 6000]
 VOCABULARY = 1400  # below the demo's added tokens
@@ -50,6 +50,8 @@ class ClusterCase(unittest.TestCase):
         logprobs = [float32(value) for value in choice["logprobs"]["token_logprobs"]]
         self.assertEqual(logprobs, [float32(value) for value in alone["logprobs"]],
                          f"prompt of {len(request['prompt'])}: log-probabilities differ")
+        self.assertEqual(choice["text"], alone["message"]["content"])
+        self.assertEqual(choice["finish_reason"], alone["finish_reason"])
         self.assertEqual(reply["usage"]["completion_tokens"], len(alone["ids"]))
 
 
@@ -91,6 +93,70 @@ class SameBits(ClusterCase):
             for seed in (1, 2, 12345678901):
                 self.assert_same_bits(cluster, completion(20, temperature=1, top_p=0.9, seed=seed,
                                                           repetition_penalty=1.2))
+
+
+class Goldens(ClusterCase):
+    """The demo model's recorded answers, asked over HTTP as chat requests and completions."""
+
+    @classmethod
+    def setUpClass(cls):
+        with open(os.path.join(ROOT, "tests/data/demo/golden_greedy.json")) as source:
+            cls.goldens = json.load(source)
+
+    @staticmethod
+    def request_of(golden):
+        body = {"model": "demo", "temperature": 0, "max_tokens": len(golden["greedy_ids"])}
+        if "fim" in golden:
+            return "/v1/completions", dict(body, prompt=golden["fim"]["prefix"], suffix=golden["fim"]["suffix"],
+                                           logprobs=0)
+        body.update(messages=golden["messages"], logprobs=True,
+                    thinking={"type": "enabled" if golden["thinking"] else "disabled"})
+        for key in ("tools", "reasoning_effort"):
+            if golden.get(key):
+                body[key] = golden[key]
+        return "/v1/chat/completions", body
+
+    @staticmethod
+    def logprobs_of(reply):
+        logprobs = reply["choices"][0]["logprobs"]
+        if "content" in logprobs:
+            return [float32(token["logprob"]) for token in logprobs["content"]]
+        return [float32(value) for value in logprobs["token_logprobs"]]
+
+    def test_all_twenty_in_exact_numerics(self):
+        with Cluster(experts=2, numerics="exact") as cluster:
+            for number, golden in enumerate(self.goldens):
+                with self.subTest(number):
+                    path, body = self.request_of(golden)
+                    status, reply = cluster.post(path, body)
+                    self.assertEqual(status, 200, reply)
+                    self.assertEqual(reply["usage"]["prompt_tokens"], len(golden["prompt_ids"]))
+                    logprobs = self.logprobs_of(reply)
+                    self.assertEqual(len(logprobs), len(golden["greedy_ids"]))
+                    for ours, theirs in zip(logprobs, golden["greedy_logprobs"]):
+                        self.assertLess(abs(ours - theirs), 1e-3)
+                    if path == "/v1/chat/completions":
+                        drawn = reply["choices"][0]["logprobs"]["content"]
+                        text = bytes(byte for token in drawn for byte in token["bytes"]).decode()
+                        self.assertEqual(text, golden["text"])
+                    else:
+                        self.assertTrue(golden["text"].startswith(reply["choices"][0]["text"]))
+
+    def test_all_twenty_in_release_numerics_as_one_process_gives(self):
+        with Cluster(experts=2, numerics="release") as cluster:
+            for number, golden in enumerate(self.goldens):
+                with self.subTest(number):
+                    path, body = self.request_of(golden)
+                    status, reply = cluster.post(path, body)
+                    self.assertEqual(status, 200, reply)
+                    alone = run_alone(body, "release")
+                    self.assertEqual(self.logprobs_of(reply), [float32(value) for value in alone["logprobs"]])
+                    self.assertEqual(reply["choices"][0]["finish_reason"], alone["finish_reason"])
+                    if path == "/v1/chat/completions":
+                        message = reply["choices"][0]["message"]
+                        self.assertEqual(message["content"] or "", alone["message"]["content"])
+                        self.assertEqual(message.get("reasoning_content") or "",
+                                         alone["message"].get("reasoning_content", ""))
 
 
 class Deaths(ClusterCase):
