@@ -25,8 +25,10 @@ class Conformance : public ::testing::TestWithParam<TransportKind> {
 
   void SetUp() override { Make({}, {}); }
   void TearDown() override {
+    const absl::Time start = absl::Now();
     if (a_) a_->Close();
     if (b_) b_->Close();
+    EXPECT_LT(absl::Now() - start, kFailureBound) << "Close is bounded whatever went before";
   }
 
   void Make(TransportOptions a, TransportOptions b) {

@@ -60,6 +60,10 @@ constexpr size_t kMessageCost = 1024;
 // connects says its first word within a millisecond, so the listener is kept, refusing, a little longer than anything
 // else.
 constexpr absl::Duration kListenerDrain = absl::Milliseconds(10);
+// Up to here a message goes at once and is copied on arrival instead of being announced first. UCX's own choice is 8
+// KiB on TCP, where the announcement costs more than the copy: 64 KiB take 50 us this way and 67 that way, 256 KiB the
+// same (1.13, loopback, transport_bench). UCX_RNDV_THRESH overrides it.
+constexpr size_t kEagerBytes = 128u << 10;
 // After a forced close UCX completes what was outstanding within milliseconds. If it does not, we say so and keep the
 // memory: it is not safe to give it back.
 constexpr absl::Duration kCloseWarning = absl::Seconds(5);
@@ -252,6 +256,7 @@ class UcxTransport final : public Transport, private Driver::Engine {
   ucp_listener_h listener_ = nullptr;
   int worker_fd_ = -1;
   bool has_cuda_ = false;
+  size_t eager_bytes_ = kEagerBytes;
   uint16_t ucx_major_ = 0, ucx_minor_ = 0;
   uint64_t incarnation_ = 0, host_id_ = 0;
   std::string address_;
@@ -259,16 +264,16 @@ class UcxTransport final : public Transport, private Driver::Engine {
   // Under the drive lock.
   MessageHandler* handlers_[kMaxChannels] = {};
   absl::flat_hash_map<uint64_t, std::shared_ptr<Peer>> by_token_;
-  absl::flat_hash_map<ucp_ep_h, std::shared_ptr<Link>> links_;  // endpoints that are not closed
-  std::vector<ucp_conn_request_h> requests_;                    // to be accepted
-  std::vector<std::pair<Hello, ucp_ep_h>> hellos_;              // to be answered
-  std::vector<std::shared_ptr<Peer>> new_connections_;          // whose lanes are to be reported
-  std::vector<std::shared_ptr<Link>> failed_links_;             // to be dealt with
-  std::vector<std::shared_ptr<Peer>> failing_;                  // to be closed
-  std::vector<std::shared_ptr<Peer>> closing_;                  // being closed
+  absl::flat_hash_map<ucp_ep_h, std::shared_ptr<Link>> links_;  // open ones; UCX may use a closed one's handle again
+  std::vector<std::shared_ptr<Link>> closing_links_;
+  std::vector<ucp_conn_request_h> requests_;            // to be accepted
+  std::vector<std::pair<Hello, ucp_ep_h>> hellos_;      // to be answered
+  std::vector<std::shared_ptr<Peer>> new_connections_;  // whose lanes are to be reported
+  std::vector<std::shared_ptr<Link>> failed_links_;     // to be dealt with
+  std::vector<std::shared_ptr<Peer>> failing_;          // to be closed
+  std::vector<std::shared_ptr<Peer>> closing_;          // being closed
   size_t cost_on_wire_ = 0;
   bool pump_ = false;
-  bool links_changed_ = false;  // some link is being closed
   bool closing_all_ = false;
 
   mutable std::mutex mu_;
@@ -298,6 +303,7 @@ absl::Status UcxTransport::Start() {
   ApplyDefault(config, "KEEPALIVE_INTERVAL", "1s");
   ApplyDefault(config, "KEEPIDLE", "2s");
   ApplyDefault(config, "KEEPINTVL", "1s");
+  if (std::getenv("UCX_RNDV_THRESH") != nullptr) eager_bytes_ = 0;
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
@@ -465,7 +471,7 @@ std::shared_ptr<Link> UcxTransport::MakeLink(ucp_ep_params_t params, ucs_status_
 
 // Somebody's connection; who it is its hello will say.
 std::shared_ptr<Link> UcxTransport::Accept(ucp_conn_request_h request) {
-  if (closing_all_ || links_.size() >= 2 * options_.max_peers) {
+  if (closing_all_ || links_.size() + closing_links_.size() >= 2 * options_.max_peers) {
     counters_.Dropped("too_many_peers");
     (void)ucp_listener_reject(listener_, request);
     return nullptr;
@@ -498,11 +504,12 @@ void UcxTransport::OnLinkError(ucp_ep_h ep, ucs_status_t status) {
 // By force: nothing moves over this endpoint once it is closed.
 void UcxTransport::CloseLink(const std::shared_ptr<Link>& link) {
   if (std::exchange(link->closing, true)) return;
-  links_changed_ = true;
+  links_.erase(link->ep);
+  closing_links_.push_back(link);
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-  param.user_data = link.get();  // links_ holds it until Progress has seen it closed
+  param.user_data = link.get();  // closing_links_ holds it until Bury has seen it closed
   param.cb.send = [](void* request, ucs_status_t, void* user_data) {
     static_cast<Link*>(user_data)->closed = true;
     ucp_request_free(request);
@@ -755,7 +762,8 @@ void UcxTransport::Pump() {
       peer->queue.pop_front();
       --peer->accepted;
       counters_.Launched(send->payload.bytes);
-      Launch(std::move(send), 0);
+      const bool eager = send->payload.kind == MemoryKind::kHost && send->payload.bytes <= eager_bytes_;
+      Launch(std::move(send), eager ? uint32_t{UCP_AM_SEND_FLAG_EAGER} : 0u);
       if (!peer->queue.empty() && !peer->failing) waiting[kept++] = peer;
     }
     waiting.resize(kept);
@@ -958,8 +966,9 @@ bool UcxTransport::Progress() {
     }
     for (const auto& peer : std::exchange(failing_, {})) BeginClose(peer);
   }
-  if (!closing_.empty() || links_changed_) busy |= Bury();
-  if (closing_all_ && closing_.empty() && failing_.empty() && links_.empty()) all_closed_ = true;
+  if (!closing_.empty() || !closing_links_.empty()) busy |= Bury();
+  if (closing_all_ && closing_.empty() && failing_.empty() && links_.empty() && closing_links_.empty())
+    all_closed_ = true;
   if (pump_) Pump(), busy = true;
   return busy;
 }
@@ -967,16 +976,14 @@ bool UcxTransport::Progress() {
 // Forgets links that are closed and retires peers of whom nothing is left.
 bool UcxTransport::Bury() {
   bool any = false;
-  links_changed_ = false;
-  for (auto it = links_.begin(); it != links_.end();) {
-    const std::shared_ptr<Link> link = it->second;
-    links_changed_ |= link->closing && !link->closed;
+  for (size_t i = 0; i < closing_links_.size();) {
+    const std::shared_ptr<Link> link = closing_links_[i];
     if (!link->closed) {
-      ++it;
+      ++i;
       continue;
     }
     any = true;
-    links_.erase(it++);
+    closing_links_.erase(closing_links_.begin() + static_cast<ptrdiff_t>(i));
     if (link->peer != nullptr) std::erase(link->peer->links, link);
     link->peer = nullptr;
   }
@@ -1011,8 +1018,11 @@ void UcxTransport::Close() {
         if (peer->state == Peer::State::kReady && !peer->failing) SendControl(peer, MessageType::kGoodbye);
         MarkFailed(peer, absl::CancelledError("transport closed"));
       }
-      for (const auto& [ep, link] : links_) {
-        if (link->peer == nullptr) CloseLink(link);
+      for (const auto& [ep, link] : std::exchange(links_, {})) {
+        if (link->peer == nullptr)
+          CloseLink(link);  // nobody's yet
+        else
+          links_[ep] = link;
       }
       closing_all_ = true;
     });
@@ -1029,6 +1039,7 @@ void UcxTransport::Close() {
   if (worker_ != nullptr) ucp_worker_destroy(worker_);
   for (const auto& peer : std::exchange(closing_, {})) Retire(*peer);
   links_.clear();
+  closing_links_.clear();
   if (context_ != nullptr) ucp_cleanup(context_);
   worker_ = nullptr;
   context_ = nullptr;
