@@ -109,6 +109,9 @@ class Goldens(ClusterCase):
         if "fim" in golden:
             return "/v1/completions", dict(body, prompt=golden["fim"]["prefix"], suffix=golden["fim"]["suffix"],
                                            logprobs=0)
+        names = [tool["function"]["name"] for tool in golden.get("tools") or []]
+        if len(names) != len(set(names)):  # a server refuses tools that share a name: ask with the prompt's ids
+            return "/v1/completions", dict(body, prompt=golden["prompt_ids"], logprobs=0)
         body.update(messages=golden["messages"], logprobs=True,
                     thinking={"type": "enabled" if golden["thinking"] else "disabled"})
         for key in ("tools", "reasoning_effort"):
@@ -140,7 +143,7 @@ class Goldens(ClusterCase):
                         text = bytes(byte for token in drawn for byte in token["bytes"]).decode()
                         self.assertEqual(text, golden["text"])
                     else:
-                        self.assertTrue(golden["text"].startswith(reply["choices"][0]["text"]))
+                        self.assertEqual("".join(reply["choices"][0]["logprobs"]["tokens"]), golden["text"])
 
     def test_all_twenty_in_release_numerics_as_one_process_gives(self):
         with Cluster(experts=2, numerics="release") as cluster:
