@@ -148,12 +148,12 @@ absl::StatusOr<ChatAnswer> StreamChat(const std::string& address, Json body) {
 
 std::string DescribeSpeed(const ChatAnswer& answer) {
   const double decode_s = answer.total_s - answer.first_token_s;
-  return absl::StrFormat("%d prompt tokens; %d tokens in %s, first after %.2f s%s", answer.prompt_tokens,
-                         answer.completion_tokens, HumanSeconds(answer.total_s), answer.first_token_s,
-                         answer.completion_tokens > 1 && decode_s > 0
-                             ? absl::StrFormat(", then %.0f a second",
-                                               static_cast<double>(answer.completion_tokens - 1) / decode_s)
-                             : "");
+  return absl::StrFormat(
+      "%d prompt tokens; %d tokens in %s, first after %.2f s%s", answer.prompt_tokens, answer.completion_tokens,
+      HumanSeconds(answer.total_s), answer.first_token_s,
+      answer.completion_tokens > 1 && decode_s > 0
+          ? absl::StrFormat(", then %.0f a second", static_cast<double>(answer.completion_tokens - 1) / decode_s)
+          : "");
 }
 
 }  // namespace millrace::cli

@@ -2,8 +2,8 @@
 // What main.cc knows of a subcommand: a name, a sentence, and a function from arguments to an exit status.
 //
 // Each subcommand is one file that defines one Run function; main.cc holds the table. A Run function parses its flags,
-// does its work, prints results to standard output and at most one line of error to standard error (Fail). Exit statuses
-// are those of sysexits.h where one fits, so that scripts can tell a bad model file from a busy port.
+// does its work, prints results to standard output and at most one line of error to standard error (Fail). Exit
+// statuses are those of sysexits.h where one fits, so that scripts can tell a bad model file from a busy port.
 #pragma once
 
 #include <string>
@@ -17,15 +17,15 @@
 namespace millrace::cli {
 
 inline constexpr int kExitOk = 0;
-inline constexpr int kExitFailure = 1;         // the work was done and its result is a failure
-inline constexpr int kExitUsage = 64;          // flags or arguments
-inline constexpr int kExitBadModel = 65;       // a model file is missing or wrong
-inline constexpr int kExitNoInput = 66;        // an input file of the user's is missing or wrong
-inline constexpr int kExitUnavailable = 69;    // a peer, a port or capacity is not there
-inline constexpr int kExitSoftware = 70;       // our fault
-inline constexpr int kExitCantCreate = 73;     // an output could not be written
-inline constexpr int kExitConfig = 78;         // the configuration document
-inline constexpr int kExitInterrupted = 130;   // Ctrl-C
+inline constexpr int kExitFailure = 1;        // the work was done and its result is a failure
+inline constexpr int kExitUsage = 64;         // flags or arguments
+inline constexpr int kExitBadModel = 65;      // a model file is missing or wrong
+inline constexpr int kExitNoInput = 66;       // an input file of the user's is missing or wrong
+inline constexpr int kExitUnavailable = 69;   // a peer, a port or capacity is not there
+inline constexpr int kExitSoftware = 70;      // our fault
+inline constexpr int kExitCantCreate = 73;    // an output could not be written
+inline constexpr int kExitConfig = 78;        // the configuration document
+inline constexpr int kExitInterrupted = 130;  // Ctrl-C
 
 using Arguments = absl::Span<const absl::string_view>;
 

@@ -5,8 +5,8 @@
 // or says in one line what is wrong and what would be right. Written here because Abseil's flags are global to the
 // program, and thirteen subcommands in one program each have their own.
 //
-// Accepted: --name=value, --name value, -h, --help; booleans as --name, --name=true|false, --no-name; `--` ends flags. A
-// flag given twice is an error, except repeated ones. Thread: none in particular; build, parse, drop.
+// Accepted: --name=value, --name value, -h, --help; booleans as --name, --name=true|false, --no-name; `--` ends flags.
+// A flag given twice is an error, except repeated ones. Thread: none in particular; build, parse, drop.
 #pragma once
 
 #include <cstdint>

@@ -38,8 +38,8 @@ absl::Status Parse(const std::vector<absl::string_view>& arguments, Values& v, b
 
 TEST(Flags, AcceptsEverySpellingOfAValue) {
   Values v;
-  ASSERT_TRUE(Parse({"m", "--name=b", "--count", "7", "--json", "--drop-thinking=false", "--more=1", "--more", "2"}, v)
-                  .ok());
+  ASSERT_TRUE(
+      Parse({"m", "--name=b", "--count", "7", "--json", "--drop-thinking=false", "--more=1", "--more", "2"}, v).ok());
   EXPECT_EQ(v.model, "m");
   EXPECT_EQ(v.name, "b");
   EXPECT_EQ(v.count, 7);

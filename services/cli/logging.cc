@@ -32,12 +32,11 @@ class JsonFormatter final : public spdlog::formatter {
     const size_t length = std::strftime(stamp, sizeof(stamp), "%Y-%m-%dT%H:%M:%S", &utc);
     std::snprintf(stamp + length, sizeof(stamp) - length, ".%06dZ", static_cast<int>(micros));
     const auto level = spdlog::level::to_string_view(message.level);
-    const nlohmann::ordered_json line = {
-        {"time", stamp},
-        {"level", std::string(level.data(), level.size())},
-        {"role", name_},
-        {"thread", message.thread_id},
-        {"message", std::string(message.payload.data(), message.payload.size())}};
+    const nlohmann::ordered_json line = {{"time", stamp},
+                                         {"level", std::string(level.data(), level.size())},
+                                         {"role", name_},
+                                         {"thread", message.thread_id},
+                                         {"message", std::string(message.payload.data(), message.payload.size())}};
     const std::string text = line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
     out.append(text.data(), text.data() + text.size());
     out.push_back('\n');

@@ -33,12 +33,13 @@ absl::StatusOr<std::shared_ptr<const Checkpoint>> OpenCheckpoint(const ModelFlag
   return checkpoint;
 }
 
-absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ModelFlags& flags, std::shared_ptr<const Checkpoint> checkpoint,
+absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ModelFlags& flags,
+                                                   std::shared_ptr<const Checkpoint> checkpoint,
                                                    const EngineSize& size) {
   const ModelConfig& config = checkpoint->config();
   EngineOptions options;
-  options.numerics = flags.numerics.empty() ? (config.weight_format == WeightFormat::kFp8 ? Numerics::kRelease
-                                                                                          : Numerics::kExact)
+  options.numerics = flags.numerics.empty()
+                         ? (config.weight_format == WeightFormat::kFp8 ? Numerics::kRelease : Numerics::kExact)
                      : flags.numerics == "exact" ? Numerics::kExact
                                                  : Numerics::kRelease;
   options.device = flags.device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu;
@@ -54,7 +55,8 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ModelFlags& flags, std:
   return engine;
 }
 
-absl::StatusOr<std::unique_ptr<text::Tokenizer>> LoadTokenizer(const std::string& model_dir, const ModelConfig& config) {
+absl::StatusOr<std::unique_ptr<text::Tokenizer>> LoadTokenizer(const std::string& model_dir,
+                                                               const ModelConfig& config) {
   return text::Tokenizer::Load(model_dir + "/tokenizer.json", static_cast<int>(config.vocab_size));
 }
 

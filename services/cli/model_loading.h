@@ -39,7 +39,8 @@ struct LoadedEngine {
 
 // Bars go to standard error unless `quiet`. Errors are those of Checkpoint::Open and Engine::Create.
 absl::StatusOr<std::shared_ptr<const Checkpoint>> OpenCheckpoint(const ModelFlags& flags);
-absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ModelFlags& flags, std::shared_ptr<const Checkpoint> checkpoint,
+absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ModelFlags& flags,
+                                                   std::shared_ptr<const Checkpoint> checkpoint,
                                                    const EngineSize& size);
 
 absl::StatusOr<std::unique_ptr<text::Tokenizer>> LoadTokenizer(const std::string& model_dir, const ModelConfig& config);

@@ -7,11 +7,12 @@
 namespace millrace::cli {
 
 int RunPrefill(Arguments arguments) {
-  return RunWorkerCommand({.command = "prefill",
-                           .summary = "Computes prompts, draws their first token and hands their state to decode workers",
-                           .role = v1::ROLE_PREFILL,
-                           .run = prefill::RunPrefillWorker},
-                          arguments);
+  return RunWorkerCommand(
+      {.command = "prefill",
+       .summary = "Computes prompts, draws their first token and hands their state to decode workers",
+       .role = v1::ROLE_PREFILL,
+       .run = prefill::RunPrefillWorker},
+      arguments);
 }
 
 }  // namespace millrace::cli

@@ -183,8 +183,8 @@ absl::StatusOr<Outcome> Generate(Engine& engine, const text::Tokenizer& tokenize
   Append(outcome.message, rest);
   engine.Release(sequence);
   outcome.finish_reason = !text.stopped() && finish == v1::FINISH_REASON_LENGTH ? "length"
-                          : text.num_tool_calls() > 0                          ? "tool_calls"
-                                                                               : "stop";
+                          : text.num_tool_calls() > 0                           ? "tool_calls"
+                                                                                : "stop";
   return outcome;
 }
 
@@ -193,8 +193,8 @@ Json MessageJson(const text::CompletionDelta& message) {
   if (!message.reasoning.empty()) json["reasoning_content"] = message.reasoning;
   json["content"] = message.content;
   for (const text::ToolCallDelta& call : message.tool_calls) {
-    json["tool_calls"].push_back(Json{{"type", "function"},
-                                      {"function", Json{{"name", call.name}, {"arguments", call.arguments}}}});
+    json["tool_calls"].push_back(
+        Json{{"type", "function"}, {"function", Json{{"name", call.name}, {"arguments", call.arguments}}}});
   }
   return json;
 }
@@ -212,8 +212,7 @@ void DeclareFlags(Flags& flags, RunFlags& run) {
   flags.Int("seed", &run.seed, 0, INT64_MAX, "Overrides the request's. Default: drawn, and printed with --json.");
   flags.Bool("thinking", &run.thinking, "Let the model think first.");
   flags.Enum("effort", &run.effort, {"none", "low", "high", "max"}, "How hard to think.");
-  flags.Bool("json", &run.json,
-             "Print one object: ids, logprobs, text, message, finish_reason, usage, seed, timings.");
+  flags.Bool("json", &run.json, "Print one object: ids, logprobs, text, message, finish_reason, usage, seed, timings.");
 }
 
 }  // namespace
@@ -251,8 +250,8 @@ int RunRun(Arguments arguments) {
   absl::StatusOr<Json> body = RequestBody(run, is_chat);
   if (!body.ok()) return Fail("run", kExitNoInput, body.status());
   if (body->is_object()) (*body)["model"] = served.id;  // whatever name a cluster gives it
-  const absl::StatusOr<router::ApiRequest> request = is_chat ? router::ParseChatRequest(*body, served, {})
-                                                             : router::ParseCompletionRequest(*body, served, {});
+  const absl::StatusOr<router::ApiRequest> request =
+      is_chat ? router::ParseChatRequest(*body, served, {}) : router::ParseCompletionRequest(*body, served, {});
   if (!request.ok()) return Fail("run", kExitNoInput, request.status());
   if (request->n != 1) return Fail("run", kExitNoInput, "n: run draws one choice; send the request to a cluster");
 

@@ -83,8 +83,8 @@ absl::StatusOr<std::vector<Case>> ReadCases(const SafetensorsFile& file, const M
     if (ids.empty()) return absl::InvalidArgumentError(absl::StrCat(tensor_name, ": expected at least one id"));
     for (size_t i = 0; i < ids.size(); ++i) {
       if (ids[i] < 0 || ids[i] >= config.vocab_size) {
-        return absl::InvalidArgumentError(absl::StrCat(tensor_name, "[", i, "]: found ", ids[i],
-                                                       ", expected an id below ", config.vocab_size));
+        return absl::InvalidArgumentError(
+            absl::StrCat(tensor_name, "[", i, "]: found ", ids[i], ", expected an id below ", config.vocab_size));
       }
     }
     one.ids.assign(ids.begin(), ids.end());
@@ -205,12 +205,13 @@ int RunScore(Arguments arguments) {
   ModelFlags model;
   std::string input, output;
   bool streams = false, mtp = false;
-  Flags flags("score", "Computes logits of given tokens, for comparing engines",
-              "IN holds, for any number of names, NAME.input_ids [n] and NAME.positions [k] (I32 or I64). OUT gets\n"
-              "NAME.logits [k, vocab] in F32 at those positions in that order; with --streams NAME.streams [layers, k,\n"
-              "streams, hidden], the residual streams after each block; with --mtp NAME.mtp_positions [m] and\n"
-              "NAME.mtp_logits [m, vocab] (at NAME.mtp_positions of IN if it has them).\n\n"
-              "  millrace score MODEL --input in.safetensors --output out.safetensors --numerics exact --streams");
+  Flags flags(
+      "score", "Computes logits of given tokens, for comparing engines",
+      "IN holds, for any number of names, NAME.input_ids [n] and NAME.positions [k] (I32 or I64). OUT gets\n"
+      "NAME.logits [k, vocab] in F32 at those positions in that order; with --streams NAME.streams [layers, k,\n"
+      "streams, hidden], the residual streams after each block; with --mtp NAME.mtp_positions [m] and\n"
+      "NAME.mtp_logits [m, vocab] (at NAME.mtp_positions of IN if it has them).\n\n"
+      "  millrace score MODEL --input in.safetensors --output out.safetensors --numerics exact --streams");
   model.Declare(flags);
   flags.String("input", &input, "FILE", "Safetensors file with ids and positions. Required.");
   flags.String("output", &output, "FILE", "Safetensors file to write. Required.");
@@ -245,8 +246,7 @@ int RunScore(Arguments arguments) {
     }
     const CaseResult& result = results.emplace_back(*std::move(scored));
     const int64_t positions = static_cast<int64_t>(one.positions.size());
-    tensors.push_back(
-        {one.name + ".logits", DType::kF32, {positions, config.vocab_size}, result.logits.data()});
+    tensors.push_back({one.name + ".logits", DType::kF32, {positions, config.vocab_size}, result.logits.data()});
     if (streams) {
       tensors.push_back({one.name + ".streams",
                          DType::kF32,

@@ -77,11 +77,13 @@ TEST_F(SupervisorTest, StagesDrainInOrder) {
   const std::string log = dir_ + "/order";
   const auto child = [&](const std::string& name, int stage, const std::string& pause) {
     return Shell(name,
-                 "trap 'sleep " + pause + "; echo " + name + " >> " + log + "; exit 0' TERM; echo up; while :; do sleep 0.01; done",
+                 "trap 'sleep " + pause + "; echo " + name + " >> " + log +
+                     "; exit 0' TERM; echo up; while :; do sleep 0.01; done",
                  stage);
   };
   // The slowest goes first: only order by stage makes it the first line.
-  Supervisor supervisor("/bin/sh", dir_, {child("expert", 2, "0"), child("router", 0, "0.3"), child("decode", 1, "0.1")});
+  Supervisor supervisor("/bin/sh", dir_,
+                        {child("expert", 2, "0"), child("router", 0, "0.3"), child("decode", 1, "0.1")});
   ASSERT_TRUE(supervisor.StartAll().ok());
   for (const auto& one : supervisor.children()) {
     ASSERT_TRUE(PollUntil(supervisor, [&] { return Read(one.log_path) == "up\n"; }).ok());

@@ -88,7 +88,8 @@ void Progress::Draw(Clock::time_point now) {
   const double elapsed = std::chrono::duration<double>(now - start_).count();
   if (terminal_) {
     if (drawn_ && now - last_draw_ < std::chrono::milliseconds(50)) return;
-    std::fprintf(stderr, "\r\033[K%s", ProgressLine(label_, done_, total_, elapsed, TerminalWidth(STDERR_FILENO)).c_str());
+    std::fprintf(stderr, "\r\033[K%s",
+                 ProgressLine(label_, done_, total_, elapsed, TerminalWidth(STDERR_FILENO)).c_str());
     std::fflush(stderr);
     drawn_ = true;
     last_draw_ = now;

@@ -19,8 +19,8 @@ bool IsTerminal(int fd);
 // Columns, 100 when unknown, at most 120.
 int TerminalWidth(int fd);
 
-std::string HumanBytes(int64_t bytes);          // "19.6 MiB"
-std::string HumanSeconds(double seconds);       // "0.4 s", "2 min 05 s"
+std::string HumanBytes(int64_t bytes);     // "19.6 MiB"
+std::string HumanSeconds(double seconds);  // "0.4 s", "2 min 05 s"
 // "████████░░░░" of `width` cells.
 std::string Bar(double fraction, int width);
 

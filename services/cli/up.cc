@@ -119,7 +119,8 @@ class Board {
       const double elapsed = std::chrono::duration<double>(Clock::now() - child.started_at).count();
       return ProgressLine(label, done, total, elapsed, TerminalWidth(STDERR_FILENO) - 1);
     }
-    if (state == "ready") return absl::StrCat(label, "ready", total > 0 ? absl::StrCat(", ", HumanBytes(total), " of weights") : "");
+    if (state == "ready")
+      return absl::StrCat(label, "ready", total > 0 ? absl::StrCat(", ", HumanBytes(total), " of weights") : "");
     const std::string detail = worker.value("detail", "");
     return absl::StrCat(label, state, detail.empty() ? "" : ": ", detail);
   }
@@ -153,8 +154,7 @@ bool Ask(const v1::ClusterConfig& config, const std::string& text) {
   std::fprintf(stderr, "\n%s> %s%s\n", colour ? "\033[1m" : "", text.c_str(), colour ? "\033[0m" : "");
   const absl::StatusOr<ChatAnswer> answer = StreamChat(
       config.router().http_listen(),
-      Json{{"model", config.model().id()},
-           {"messages", Json::array({Json{{"role", "user"}, {"content", text}}})}});
+      Json{{"model", config.model().id()}, {"messages", Json::array({Json{{"role", "user"}, {"content", text}}})}});
   std::fputs("\n", stdout);
   std::fflush(stdout);
   if (!answer.ok()) {
@@ -254,7 +254,8 @@ int RunUp(Arguments arguments) {
               "  millrace up --config deploy/demo/cluster.json\n"
               "  millrace up --config deploy/demo/cluster.json --once 'Spell the word river.'");
   flags.String("config", &up.config, "FILE", "The cluster's configuration document. Required.");
-  flags.String("once", &up.once, "TEXT", "Ask this over HTTP, stream the answer, drain; exit status 0 if it came whole.");
+  flags.String("once", &up.once, "TEXT",
+               "Ask this over HTTP, stream the answer, drain; exit status 0 if it came whole.");
   flags.String("ask", &up.ask, "TEXT", "Ask this first, then stay.");
   flags.String("log-dir", &up.log_dir, "DIR", "Where each role's log goes.");
   flags.Int("ready-timeout", &up.ready_timeout_s, 1, 86400, "Seconds until the cluster must be ready.");

@@ -61,11 +61,12 @@ absl::StatusOr<std::unique_ptr<router::HttpServer>> ServeMetrics(const std::stri
 int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
   std::string config_path, name;
   bool watchdog = true;
-  Flags flags(role.command, role.summary,
-              absl::StrCat("The document is the cluster's, the same for every role; --name picks this worker's entry in\n"
-                           "it. The worker dials the router, which may come later, and shows its progress there.\n"
-                           "SIGTERM drains: what runs finishes, nothing new is taken.\n\n  millrace ",
-                           role.command, " --config cluster.json --name ", role.command, "-0"));
+  Flags flags(
+      role.command, role.summary,
+      absl::StrCat("The document is the cluster's, the same for every role; --name picks this worker's entry in\n"
+                   "it. The worker dials the router, which may come later, and shows its progress there.\n"
+                   "SIGTERM drains: what runs finishes, nothing new is taken.\n\n  millrace ",
+                   role.command, " --config cluster.json --name ", role.command, "-0"));
   flags.String("config", &config_path, "FILE", "The cluster's configuration document. Required.");
   flags.String("name", &name, "NAME", "Which entry is ours. Default: the only one of this role.");
   flags.Bool("watchdog", &watchdog, "End with status 70 when work is pending and no pass ends for too long.");

@@ -63,11 +63,20 @@ class JoinReactor final : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::
     absl::MutexLock lock(&mutex_);
     if (finished_) return;
     switch (message.message_case()) {
-      case v1::RouterMessage::kWelcome: welcome_ = std::move(message); break;
-      case v1::RouterMessage::kEcho: echo_ = std::move(message); break;
-      case v1::RouterMessage::kPeers: peers_ = std::move(message); break;
-      case v1::RouterMessage::kDrain: drain_ = std::move(message); break;
-      case v1::RouterMessage::MESSAGE_NOT_SET: return;
+      case v1::RouterMessage::kWelcome:
+        welcome_ = std::move(message);
+        break;
+      case v1::RouterMessage::kEcho:
+        echo_ = std::move(message);
+        break;
+      case v1::RouterMessage::kPeers:
+        peers_ = std::move(message);
+        break;
+      case v1::RouterMessage::kDrain:
+        drain_ = std::move(message);
+        break;
+      case v1::RouterMessage::MESSAGE_NOT_SET:
+        return;
     }
     WriteNext();
   }

@@ -63,8 +63,7 @@ void EventLoop::Run(const std::string& thread_name) {
         mutex_.Await(absl::Condition(&something));
       } else {
         const TimePoint due = timers_.begin()->first.first;
-        mutex_.AwaitWithTimeout(absl::Condition(&something),
-                                absl::FromChrono(due - std::chrono::steady_clock::now()));
+        mutex_.AwaitWithTimeout(absl::Condition(&something), absl::FromChrono(due - std::chrono::steady_clock::now()));
       }
       batch.swap(posted_);
       stopping = stop_;

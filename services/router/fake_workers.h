@@ -60,7 +60,8 @@ class FakeDecode final : public v1::Handoff::Service, public v1::Decode::Service
  public:
   explicit FakeDecode(Script& script, IncarnationId self) : script_(script), self_(self) {}
 
-  grpc::Status Reserve(grpc::ServerContext*, const v1::ReserveRequest* request, v1::ReserveResponse* response) override {
+  grpc::Status Reserve(grpc::ServerContext*, const v1::ReserveRequest* request,
+                       v1::ReserveResponse* response) override {
     absl::MutexLock lock(&script_.mutex);
     if (!script_.reserve_refusals.empty()) {
       const absl::Status refusal = script_.reserve_refusals.front();

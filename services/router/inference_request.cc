@@ -115,10 +115,9 @@ absl::StatusOr<ApiRequest> FromChat(const v1::ChatRequest& request, const Served
     if (!message.tool_call_id().empty()) out["tool_call_id"] = message.tool_call_id();
     if (!message.name().empty()) out["name"] = message.name();
     for (const v1::ToolCall& call : message.tool_calls()) {
-      out["tool_calls"].push_back(
-          {{"id", call.id()},
-           {"type", "function"},
-           {"function", {{"name", call.name()}, {"arguments", call.arguments_json()}}}});
+      out["tool_calls"].push_back({{"id", call.id()},
+                                   {"type", "function"},
+                                   {"function", {{"name", call.name()}, {"arguments", call.arguments_json()}}}});
     }
     body["messages"].push_back(std::move(out));
   }
@@ -139,10 +138,17 @@ absl::StatusOr<ApiRequest> FromChat(const v1::ChatRequest& request, const Served
     return InvalidRequest("invalid_value", "tool_choice", "tool_choice: expected AUTO or NONE");
   }
   switch (request.reasoning_effort()) {
-    case v1::REASONING_EFFORT_UNSPECIFIED: break;
-    case v1::REASONING_EFFORT_NONE: body["reasoning_effort"] = "none"; break;
-    case v1::REASONING_EFFORT_HIGH: body["reasoning_effort"] = "high"; break;
-    case v1::REASONING_EFFORT_MAX: body["reasoning_effort"] = "max"; break;
+    case v1::REASONING_EFFORT_UNSPECIFIED:
+      break;
+    case v1::REASONING_EFFORT_NONE:
+      body["reasoning_effort"] = "none";
+      break;
+    case v1::REASONING_EFFORT_HIGH:
+      body["reasoning_effort"] = "high";
+      break;
+    case v1::REASONING_EFFORT_MAX:
+      body["reasoning_effort"] = "max";
+      break;
     default:
       return InvalidRequest("invalid_value", "reasoning_effort", "reasoning_effort: expected NONE, HIGH or MAX");
   }

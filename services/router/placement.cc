@@ -48,8 +48,8 @@ double DecodeLoad(const WorkerView& worker) {
   const v1::Capacity& capacity = worker.serves.capacity();
   const double pages =
       static_cast<double>(worker.assigned.pages) / static_cast<double>(std::max<uint64_t>(capacity.pages_total(), 1));
-  const double slots =
-      static_cast<double>(worker.assigned.requests) / static_cast<double>(std::max<uint32_t>(capacity.slots_total(), 1));
+  const double slots = static_cast<double>(worker.assigned.requests) /
+                       static_cast<double>(std::max<uint32_t>(capacity.slots_total(), 1));
   return std::max(pages, slots);
 }
 
@@ -71,7 +71,8 @@ struct Candidates {
 };
 
 absl::Status NoCapacity(std::string_view code, std::string_view message) {
-  return MakeError(absl::StatusCode::kUnavailable, std::string(message), {.code = std::string(code), .retry_after_s = 5});
+  return MakeError(absl::StatusCode::kUnavailable, std::string(message),
+                   {.code = std::string(code), .retry_after_s = 5});
 }
 
 }  // namespace

@@ -47,7 +47,9 @@ std::string Choose(const ClusterSnapshot& snapshot, int64_t prompt = 100, int64_
   return snapshot.workers[pair->prefill].name + "/" + snapshot.workers[pair->decode].name;
 }
 
-TEST(Placement, EqualWorkersGoToTheLowerName) { EXPECT_EQ(Choose(Cluster({P("p0"), P("p1"), D("d0"), D("d1")})), "p0/d0"); }
+TEST(Placement, EqualWorkersGoToTheLowerName) {
+  EXPECT_EQ(Choose(Cluster({P("p0"), P("p1"), D("d0"), D("d1")})), "p0/d0");
+}
 
 TEST(Placement, TheLeastLoadedIsTaken) {
   auto p0 = P("p0"), p1 = P("p1"), d0 = D("d0"), d1 = D("d1");

@@ -33,7 +33,8 @@ uint64_t LeftMs(TimePoint deadline, TimePoint now) {
 double Seconds(Duration d) { return std::chrono::duration<double>(d).count(); }
 
 absl::Status Retryable(std::string_view code, std::string_view message) {
-  return MakeError(absl::StatusCode::kUnavailable, std::string(message), {.code = std::string(code), .retry_after_s = 1});
+  return MakeError(absl::StatusCode::kUnavailable, std::string(message),
+                   {.code = std::string(code), .retry_after_s = 1});
 }
 
 absl::Status DeadlineError() {
@@ -41,8 +42,8 @@ absl::Status DeadlineError() {
                    {.code = "deadline_exceeded"});
 }
 
-// What the client is told when a worker ends its part with `status`. The worker's own words name addresses and ids: they
-// go to the log.
+// What the client is told when a worker ends its part with `status`. The worker's own words name addresses and ids:
+// they go to the log.
 absl::Status ClientError(const absl::Status& status) {
   switch (status.code()) {
     case absl::StatusCode::kUnavailable:
@@ -168,8 +169,8 @@ absl::StatusOr<std::unique_ptr<Generation>> RequestFlow::Start(GenerationRequest
     return status;
   };
   if (!accepting_.load()) {
-    return refuse(MakeError(absl::StatusCode::kUnavailable, "this router is draining",
-                            {.code = "draining", .retry_after_s = 5}));
+    return refuse(
+        MakeError(absl::StatusCode::kUnavailable, "this router is draining", {.code = "draining", .retry_after_s = 5}));
   }
   if (request.deadline <= now) {
     return refuse(MakeError(absl::StatusCode::kDeadlineExceeded, "the deadline has passed already",
@@ -191,7 +192,8 @@ absl::StatusOr<std::unique_ptr<Generation>> RequestFlow::Start(GenerationRequest
   flow->spec = ToSpec(request, options_.end_ids);
   flow->token_hash = TokenHash(request.prompt_ids);
   // A client may use an id again once it is free, but workers remember ids by attempt: ours are never used twice.
-  flow->wire_id = absl::StrCat(request.request_id.substr(0, 80), "#", options_.router.ToString().substr(0, 8), "-", flow->id);
+  flow->wire_id =
+      absl::StrCat(request.request_id.substr(0, 80), "#", options_.router.ToString().substr(0, 8), "-", flow->id);
   flow->accepted = now;
   flow->queued_until = now + options_.queue_timeout;
   flow->deadline = std::min(request.deadline, now + options_.max_deadline);
@@ -221,10 +223,9 @@ void RequestFlow::Begin(std::unique_ptr<Flow> owned, TimePoint now) {
     Flow* waiting = FindFlow(id);
     if (waiting == nullptr || waiting->attempt != 0) return;
     Fail(*waiting,
-         waiting->last_refusal.ok()
-             ? MakeError(absl::StatusCode::kResourceExhausted, "no worker had room in time",
-                         {.code = "overloaded", .retry_after_s = 2})
-             : ClientError(waiting->last_refusal),
+         waiting->last_refusal.ok() ? MakeError(absl::StatusCode::kResourceExhausted, "no worker had room in time",
+                                                {.code = "overloaded", .retry_after_s = 2})
+                                    : ClientError(waiting->last_refusal),
          at);
   });
   queue_.push_back(id);
@@ -243,8 +244,8 @@ void RequestFlow::PlaceQueued(TimePoint now) {
       continue;
     }
     const ClusterSnapshot snapshot = BookedSnapshot();
-    const absl::StatusOr<Pair> pair = ChoosePair(
-        snapshot, {static_cast<int64_t>(flow->request.prompt_ids.size()), flow->request.max_tokens}, now);
+    const absl::StatusOr<Pair> pair =
+        ChoosePair(snapshot, {static_cast<int64_t>(flow->request.prompt_ids.size()), flow->request.max_tokens}, now);
     // A pool that is empty for a moment (a worker restarts) is worth the queue's patience to a request accepted before.
     if (absl::IsResourceExhausted(pair.status()) || (absl::IsUnavailable(pair.status()) && flow->attempts > 0)) break;
     queue_.pop_front();

@@ -101,13 +101,11 @@ class NullConnection final : public WorkerConnection {
 
 class RequestFlowTest : public ::testing::Test {
  protected:
-  RequestFlowTest()
-      : registry_({.router = {9, 9}, .heartbeat = milliseconds(500), .dead_after = milliseconds(60000)}) {
+  RequestFlowTest() : registry_({.router = {9, 9}, .heartbeat = milliseconds(500), .dead_after = milliseconds(60000)}) {
     decode_ = std::make_unique<FakeDecode>(script_, kDecode);
     prefill_ = std::make_unique<FakePrefill>(script_, *decode_);
-    decode_server_ = *RpcServer::Start({.listen = "127.0.0.1:0"},
-                                       {static_cast<v1::Handoff::Service*>(decode_.get()),
-                                        static_cast<v1::Decode::Service*>(decode_.get())});
+    decode_server_ = *RpcServer::Start({.listen = "127.0.0.1:0"}, {static_cast<v1::Handoff::Service*>(decode_.get()),
+                                                                   static_cast<v1::Decode::Service*>(decode_.get())});
     prefill_server_ = *RpcServer::Start({.listen = "127.0.0.1:0"}, {prefill_.get()});
   }
   ~RequestFlowTest() override {
@@ -403,7 +401,9 @@ TEST_F(RequestFlowTest, ADecodeErrorMidStreamEndsTheRequestAfterItsTokens) {
 }
 
 TEST_F(RequestFlowTest, ARefusedReservationWaitsItsTurnAndIsServed) {
-  Set([](Script& s) { s.reserve_refusals = {absl::ResourceExhaustedError("full"), absl::ResourceExhaustedError("full")}; });
+  Set([](Script& s) {
+    s.reserve_refusals = {absl::ResourceExhaustedError("full"), absl::ResourceExhaustedError("full")};
+  });
   Open();
   Join();
   auto running = Start(Request());

@@ -19,8 +19,8 @@ prometheus::Gauge& Gauge(prometheus::Registry& registry, const char* name, const
 // Phases last from under a millisecond on a demo to minutes on a full queue.
 prometheus::Histogram& Seconds(prometheus::Registry& registry, const char* name, const char* help) {
   return prometheus::BuildHistogram().Name(name).Help(help).Register(registry).Add(
-      {}, prometheus::Histogram::BucketBoundaries{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25,
-                                                  60, 150});
+      {}, prometheus::Histogram::BucketBoundaries{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60,
+                                                  150});
 }
 
 std::string_view RoleWord(v1::Role role) {

@@ -46,10 +46,14 @@ const char* RoleWord(v1::Role role) {
 
 const char* StateWord(const WorkerView& worker) {
   switch (worker.status.state()) {
-    case v1::WORKER_STATE_READY: return worker.ready ? "ready" : "loading";
-    case v1::WORKER_STATE_DRAINING: return "draining";
-    case v1::WORKER_STATE_WAITING: return "waiting";
-    default: return "loading";
+    case v1::WORKER_STATE_READY:
+      return worker.ready ? "ready" : "loading";
+    case v1::WORKER_STATE_DRAINING:
+      return "draining";
+    case v1::WORKER_STATE_WAITING:
+      return "waiting";
+    default:
+      return "loading";
   }
 }
 
@@ -141,9 +145,7 @@ class RouterProcessImpl final : public RouterProcess {
     flow_->StopAccepting();
     if (http_ != nullptr) http_->BeginDrain();
     const TimePoint until = std::chrono::steady_clock::now() + grace;
-    const auto busy = [this] {
-      return flow_->open_generations() > 0 || (api_ != nullptr && api_->num_requests() > 0);
-    };
+    const auto busy = [this] { return flow_->open_generations() > 0 || (api_ != nullptr && api_->num_requests() > 0); };
     while (busy() && std::chrono::steady_clock::now() < until) std::this_thread::sleep_for(milliseconds(20));
     if (busy()) spdlog::warn("drain grace is over: ending {} generations", flow_->open_generations());
   }

@@ -96,9 +96,7 @@ void FillDelta(const text::CompletionDelta& delta, v1::ChatEvent* event) {
 }
 v1::Token* AddToken(v1::GenerateEvent* event) { return event->mutable_tokens()->add_tokens(); }
 v1::Token* AddToken(v1::ChatEvent* event) { return event->mutable_delta()->add_tokens(); }
-bool Empty(const v1::GenerateEvent& event) {
-  return event.tokens().text().empty() && event.tokens().tokens().empty();
-}
+bool Empty(const v1::GenerateEvent& event) { return event.tokens().text().empty() && event.tokens().tokens().empty(); }
 bool Empty(const v1::ChatEvent& event) {
   return event.delta().content().empty() && event.delta().reasoning_content().empty() &&
          event.delta().tool_calls().empty() && event.delta().tokens().empty();
@@ -242,8 +240,8 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     events_.push_back(std::move(event));
     if (events_.size() >= kEndAtEvents) {
       if (generation_ != nullptr) generation_->Cancel();
-      return EndLocked(MakeError(absl::StatusCode::kResourceExhausted, "the caller reads too slowly",
-                                 {.code = "slow_consumer"}));
+      return EndLocked(
+          MakeError(absl::StatusCode::kResourceExhausted, "the caller reads too slowly", {.code = "slow_consumer"}));
     }
     if (events_.size() >= kPauseAtEvents && !paused_ && generation_ != nullptr) {
       paused_ = true;
@@ -338,8 +336,9 @@ grpc::ServerUnaryReactor* RouterService::Detokenize(grpc::CallbackServerContext*
     const int32_t id = request->ids(i);
     if (id < 0 || id >= options_.model.vocab_size) {
       const std::string field = absl::StrCat("ids[", i, "]");
-      return Answer(context, InvalidRequest("invalid_token_id", field,
-                                            absl::StrCat(field, ": ", id, " is not below ", options_.model.vocab_size)));
+      return Answer(context,
+                    InvalidRequest("invalid_token_id", field,
+                                   absl::StrCat(field, ": ", id, " is not below ", options_.model.vocab_size)));
     }
     const std::string_view bytes = options_.model.tokenizer->TokenBytes(id);
     response->mutable_text()->append(bytes.data(), bytes.size());

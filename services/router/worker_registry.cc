@@ -121,8 +121,8 @@ absl::Status WorkerRegistry::OnHello(const std::shared_ptr<WorkerConnection>& co
   if (auto old = members_.find(key); old != members_.end()) {
     // The newest wins: a worker that was restarted is there before the old stream's death is noticed. A twin that was
     // given the same name by mistake shows as two workers ousting each other in the log.
-    old->second.connection->Close(absl::AbortedError(
-        absl::StrCat("another incarnation of ", hello.name(), " joined: ", Short(incarnation))));
+    old->second.connection->Close(
+        absl::AbortedError(absl::StrCat("another incarnation of ", hello.name(), " joined: ", Short(incarnation))));
     Remove(old, "replaced by a newer incarnation", now);
   }
   Member& member = members_[key];
@@ -171,8 +171,7 @@ void WorkerRegistry::Remove(std::map<Key, Member>::iterator member, const std::s
   const WorkerView gone = member->second.view;
   members_.erase(member);
   ++deaths_;
-  spdlog::warn("worker gone: {} {} incarnation {}: {}", RoleWord(gone.role), gone.name, Short(gone.incarnation),
-               why);
+  spdlog::warn("worker gone: {} {} incarnation {}: {}", RoleWord(gone.role), gone.name, Short(gone.incarnation), why);
   if (gone.role == v1::ROLE_EXPERT && gone.ready) PublishPeers();
   if (on_gone_) on_gone_(gone, why, now);
   if (on_change_) on_change_(now);
