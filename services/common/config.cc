@@ -169,7 +169,9 @@ absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerS
   NUMBER("timers", timers, dead_after_ms, 3000, 150, 60000);
   NUMBER("timers", timers, lease_ttl_ms, 10000, 1000, 60000);
   NUMBER("timers", timers, transfer_timeout_ms, 2000, 10, 600000);
-  NUMBER("timers", timers, expert_timeout_ms, 1000, 10, 600000);
+  // A dead member is noticed by its connection; this is for one that hangs, and as long as a hang may go unnoticed
+  // anywhere. Shorter, and a busy laptop fails requests that were only slow.
+  NUMBER("timers", timers, expert_timeout_ms, 3000, 10, 600000);
   NUMBER("timers", timers, abort_timeout_ms, 500, 10, 60000);
   NUMBER("timers", timers, drain_grace_ms, 30000, 1, 3600000);
   if (timers.dead_after_ms() < 3 * timers.heartbeat_ms()) {
