@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-QUESTION="What is 17 plus 25?"
+QUESTION="Introduce yourself."
 
 main() {
   local arguments=(--ask "$QUESTION")

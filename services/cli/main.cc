@@ -47,7 +47,7 @@ void PrintHelp(std::FILE* out) {
   }
   std::fputs(
       "\nTry it on the checkpoint that comes with the source:\n"
-      "  millrace run deploy/demo/model --prompt \"What is 17 plus 25?\"\n"
+      "  millrace run deploy/demo/model --prompt \"Introduce yourself.\"\n"
       "  millrace up --config deploy/demo/cluster.json\n",
       out);
 }

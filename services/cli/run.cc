@@ -222,7 +222,7 @@ int RunRun(Arguments arguments) {
   Flags flags("run", "Answers one request with the whole model in this process",
               "Give exactly one of --request, --prompt and --raw. Tokens and log-probabilities are those of any\n"
               "cluster that serves the same checkpoint with the same numerics, bit for bit.\n\n"
-              "  millrace run deploy/demo/model --prompt 'What is 17 plus 25?'\n"
+              "  millrace run deploy/demo/model --prompt 'Introduce yourself.'\n"
               "  millrace run deploy/demo/model --request request.json --greedy --json");
   DeclareFlags(flags, run);
   int exit_code = kExitOk;

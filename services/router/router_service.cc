@@ -23,13 +23,15 @@ namespace millrace::router {
 class RouterService::Running {
  public:
   // False: an id that is running already.
-  bool Add(const std::string& id, std::function<void()> cancel) {
+  bool Add(const std::string& id, const void* call, std::function<void()> cancel) {
     absl::MutexLock lock(&mutex_);
-    return calls_.emplace(id, std::move(cancel)).second;
+    return calls_.emplace(id, Call{call, std::move(cancel)}).second;
   }
-  void Remove(const std::string& id) {
+  // Only its own entry: the id may be another call's by now.
+  void Remove(const std::string& id, const void* call) {
     absl::MutexLock lock(&mutex_);
-    calls_.erase(id);
+    const auto found = calls_.find(id);
+    if (found != calls_.end() && found->second.call == call) calls_.erase(found);
   }
   bool Cancel(const std::string& id) {
     std::function<void()> cancel;
@@ -37,15 +39,19 @@ class RouterService::Running {
       absl::MutexLock lock(&mutex_);
       const auto found = calls_.find(id);
       if (found == calls_.end()) return false;
-      cancel = found->second;
+      cancel = found->second.cancel;
     }
     cancel();
     return true;
   }
 
  private:
+  struct Call {
+    const void* call;
+    std::function<void()> cancel;
+  };
   absl::Mutex mutex_;
-  std::map<std::string, std::function<void()>> calls_ ABSL_GUARDED_BY(mutex_);
+  std::map<std::string, Call> calls_ ABSL_GUARDED_BY(mutex_);
 };
 
 namespace {
@@ -116,7 +122,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     if (request_id.empty()) request_id = NewRequestId();
     if (!request.ok()) return End(request.status());
     const std::weak_ptr<CallReactor> weak = self_;
-    if (!running_->Add(request_id, [weak] {
+    if (!running_->Add(request_id, this, [weak] {
           if (const auto call = weak.lock()) call->CancelGeneration();
         })) {
       return End(MakeError(absl::StatusCode::kAlreadyExists, "a request with this id is running",
@@ -191,7 +197,6 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
   void OnCancel() override { CancelGeneration(); }
 
   void OnDone() override {
-    running_->Remove(request_id_);
     CancelGeneration();
     self_.reset();
   }
@@ -232,6 +237,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
   void EndLocked(absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     if (ended_) return;
     ended_ = true;
+    running_->Remove(request_id_, this);  // there is nothing left to abort
     if (!status.ok()) events_.clear();
     end_ = std::move(status);
     WriteNext();
