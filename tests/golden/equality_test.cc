@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <ostream>
 #include <random>
 #include <string>
 #include <vector>
@@ -38,6 +39,8 @@ struct Subject {
   const char* model;
   Numerics numerics;
 };
+// ctest shows it; the default would be the bytes of pointers.
+void PrintTo(const Subject& subject, std::ostream* out) { *out << subject.name; }
 
 // Room for the longest one-shot pass; everything else about the engine is its default.
 EngineOptions Options(const Subject& subject) {

@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <fstream>
 #include <iterator>
+#include <ostream>
 #include <set>
 #include <string>
 #include <vector>
@@ -178,9 +179,11 @@ TEST(DemoModelExact, AllTwentyGreedyContinuationsAreIdentical) {
 
 // Two right implementations that sum in different orders: < 0.01 % after layer 0, <= 0.2 % after layer 1, <= 1.7 %
 // after the last; mean difference of log-probabilities 0.00024. `exact` is 2.5 to 5 % away from layer 0 on, and 0.00065
-// in log-probabilities. Selections overlap by 94 to 100 % in every row. The FIM case is nonsense to the model and
-// chaotic (the oracle itself, with another order of summation, turns an argmax that led by 0.52): it counts neither for
-// log-probabilities nor for argmax.
+// in log-probabilities. Selections overlap by 94 to 100 % with the goldens. The row with least room is case 18, second
+// CSA layer, position 3124: orders of summation that are right too were seen at 118 of 128 entries there (92 %), so
+// look at the other statistics before blaming a kernel that misses the bound in this row alone. The FIM case is
+// nonsense to the model and chaotic (the oracle itself, with another order of summation, turns an argmax that led by
+// 0.52): it counts neither for log-probabilities nor for argmax.
 constexpr double kStreamsAfterLayer0 = 0.0005;
 constexpr double kStreamsAfterLayer1 = 0.006;
 constexpr double kStreamsAfterLast = 0.025;
@@ -415,6 +418,7 @@ struct RoundingPoint {
   const char* name;
   bool Rounding::*member;
 };
+void PrintTo(const RoundingPoint& point, std::ostream* out) { *out << point.name; }
 
 class ForgottenRounding : public testing::TestWithParam<RoundingPoint> {};
 
