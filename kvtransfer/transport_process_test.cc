@@ -260,7 +260,8 @@ TEST_P(TwoProcesses, PeerKilledWhileItSendsFailsTheArrivalWithinTheBound) {
 
 TEST_P(TwoProcesses, PeerKilledAfterASendLeavesItsSuccessAndIsReported) {
   StartPeer();
-  const auto outcome = Send("take", Pattern(1 << 20, 1));
+  const auto payload = Pattern(1 << 20, 1);
+  const auto outcome = Send("take", payload);
   ASSERT_TRUE(outcome->Get().ok());
   peer_->Kill();
   EXPECT_TRUE(Eventually([&] { return failures() == 1; }, kFailureBound));

@@ -342,8 +342,8 @@ TEST_P(Conformance, AfterDisconnectIsFencedNothingWritesAnyMore) {
 
 TEST_P(Conformance, DisconnectFailsEverySendAndANewConnectionWorks) {
   ASSERT_TRUE(SendAndWait("warm", {}).ok());
-  std::atomic<int> failures{0};
-  b_->OnPeerFailed([&](PeerId, const absl::Status&) { ++failures; });
+  auto failures = std::make_shared<std::atomic<int>>(0);
+  b_->OnPeerFailed([failures](PeerId, const absl::Status&) { ++*failures; });
   Gate gate;
   b_->RunAfter(absl::ZeroDuration(), [&] { gate.WaitHere(); });
   gate.AwaitSomebody();
@@ -362,7 +362,7 @@ TEST_P(Conformance, DisconnectFailsEverySendAndANewConnectionWorks) {
   }
   EXPECT_TRUE(absl::IsNotFound(SendAndWait("x", {}))) << "that peer is gone for good";
   gate.Open();
-  EXPECT_TRUE(Eventually([&] { return failures == 1; }, kFailureBound)) << "the other end is told";
+  EXPECT_TRUE(Eventually([&] { return *failures == 1; }, kFailureBound)) << "the other end is told";
   const size_t before = received_.size();
   auto again = a_->Connect(b_->address());
   ASSERT_TRUE(again.ok());

@@ -654,19 +654,20 @@ void UcxTransport::BeginClose(const std::shared_ptr<Peer>& peer) {
 // The endpoint is down and everything it carried has ended: no byte moves any more, so the owners may know.
 void UcxTransport::Retire(Peer& peer) {
   if (peer.was_ready || !peer.by_our_close) counters_.PeerGone(peer.was_ready);
-  for (const auto& send : peer.failed_sends) FinishSend(*send, peer.why);
+  // What is kept names the peer in turn; taking it out ends that circle.
+  for (const auto& send : std::exchange(peer.failed_sends, {})) FinishSend(*send, peer.why);
   std::vector<PeerFailed> observers;
   {
     std::lock_guard lock(mu_);
     if (!peer.by_our_close) observers = on_peer_failed_;
   }
-  for (const auto& arrival : peer.failed_arrivals) {
+  for (const auto& arrival : std::exchange(peer.failed_arrivals, {})) {
     counters_.ArrivalEnded();
     counters_.Received(arrival->bytes, peer.why);
     if (arrival->done) arrival->done(peer.why);
   }
   for (const PeerFailed& observer : observers) observer(peer.id, peer.why);
-  for (Task& fenced : peer.fenced) {
+  for (Task& fenced : std::exchange(peer.fenced, {})) {
     if (fenced) fenced();
   }
 }
