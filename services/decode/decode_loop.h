@@ -80,6 +80,7 @@ class DecodeLoop {
   void Step(const std::vector<uint64_t>& batch);
   void DeliverToken(Lease& lease, const ChunkOutput& output);
 
+  // decode_leases.cc
   absl::StatusOr<v1::ReserveResponse> DoReserve(const v1::ReserveRequest& request, absl::Time now);
   absl::Status CheckAttemptIsNew(const v1::ReserveRequest& request);
   void DoCommit(const v1::CommitRequest& request, CommitDone done, absl::Time now);

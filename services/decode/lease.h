@@ -7,6 +7,7 @@
 // Thread: the decode loop's.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -17,6 +18,7 @@
 
 #include "absl/functional/any_invocable.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_format.h"
 #include "absl/time/time.h"
 #include "engine/engine.h"
 #include "kvtransfer/manifest.h"
@@ -72,5 +74,15 @@ struct Lease {
   std::optional<uint64_t> committed_digest;  // of the manifest that was verified
   std::vector<AbortDone> on_gone;
 };
+
+// For messages: which lease, and whose.
+inline std::string LeaseName(const Lease& lease) {
+  return absl::StrFormat("lease %x (request %s, attempt %d)", lease.id, lease.request_id, lease.attempt);
+}
+
+// The time a caller gets for what it asks: [1 s, 60 s], 10 s if it does not say.
+inline absl::Duration LeaseTtl(uint32_t ttl_ms) {
+  return ttl_ms == 0 ? absl::Seconds(10) : absl::Milliseconds(std::clamp<uint32_t>(ttl_ms, 1000, 60000));
+}
 
 }  // namespace millrace::decode
