@@ -35,7 +35,7 @@ bool ToIpAddress(const sockaddr* address, IpAddress& out) {
 
 }  // namespace
 
-std::vector<IpAddress> LocalAddresses(const std::string& devices, size_t limit) {
+LocalAddresses FindLocalAddresses(const std::string& devices) {
   std::set<std::string> named;
   for (absl::string_view device : absl::StrSplit(devices, ',', absl::SkipEmpty()))
     named.emplace(device.substr(0, device.find(':')));
@@ -44,15 +44,14 @@ std::vector<IpAddress> LocalAddresses(const std::string& devices, size_t limit) 
   if (getifaddrs(&interfaces) != 0) return {};
   for (const ifaddrs* i = interfaces; i != nullptr; i = i->ifa_next) {
     IpAddress address;
-    if ((i->ifa_flags & IFF_UP) == 0 || (i->ifa_flags & IFF_LOOPBACK) != 0 || !ToIpAddress(i->ifa_addr, address))
-      continue;
-    all.push_back(address);
+    if ((i->ifa_flags & IFF_UP) == 0 || !ToIpAddress(i->ifa_addr, address)) continue;
+    if ((i->ifa_flags & IFF_LOOPBACK) == 0) all.push_back(address);
     if (named.count(i->ifa_name) != 0) chosen.push_back(address);
   }
   freeifaddrs(interfaces);
-  std::vector<IpAddress>& result = chosen.empty() ? all : chosen;
-  std::stable_sort(result.begin(), result.end(), [](const auto& a, const auto& b) { return a.is_v6 < b.is_v6; });
-  result.resize(std::min(result.size(), limit));
+  LocalAddresses result{chosen.empty() ? all : chosen, !chosen.empty()};
+  std::stable_sort(result.addresses.begin(), result.addresses.end(),
+                   [](const auto& a, const auto& b) { return a.is_v6 < b.is_v6; });
   return result;
 }
 

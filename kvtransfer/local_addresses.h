@@ -19,9 +19,14 @@ struct IpAddress {
 inline constexpr IpAddress kLoopbackV4{false, {127, 0, 0, 1}};
 inline constexpr IpAddress kLoopbackV6{true, {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1}};
 
-// Addresses of interfaces that are up, loopback and link-local ones left out, at most `limit`. If `devices`
-// (UCX_NET_DEVICES: names separated by commas, ports after a colon) names some of them, only those.
-std::vector<IpAddress> LocalAddresses(const std::string& devices, size_t limit);
+struct LocalAddresses {
+  std::vector<IpAddress> addresses;  // IPv4 first
+  bool chosen = false;               // `devices` named their interfaces
+};
+
+// Addresses of the interfaces that are up and that `devices` (UCX_NET_DEVICES: names separated by commas, ports after a
+// colon) names; if it names none that has an address, of all but loopback. Link-local ones are left out.
+LocalAddresses FindLocalAddresses(const std::string& devices);
 
 // Equal in two processes exactly if 127.0.0.1 is the same place for both.
 uint64_t HostId();

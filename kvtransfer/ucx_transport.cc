@@ -357,25 +357,29 @@ absl::Status UcxTransport::Listen() {
   address.ucx_major = ucx_major_, address.ucx_minor = ucx_minor_;
   address.incarnation = incarnation_ = random_();
   address.host_id = host_id_ = internal::HostId();
-  address.addresses = internal::LocalAddresses(devices == nullptr ? "" : devices, internal::kMaxAddresses);
-  // One listener: IPv4, unless this host has only IPv6.
-  const bool v6 = !address.addresses.empty() && address.addresses.front().is_v6;
-  std::erase_if(address.addresses, [&](const internal::IpAddress& ip) { return ip.is_v6 != v6; });
-  address.addresses.resize(std::min(address.addresses.size(), internal::kMaxAddresses - 1));
-  address.addresses.push_back(v6 ? internal::kLoopbackV6 : internal::kLoopbackV4);
+  internal::LocalAddresses local = internal::FindLocalAddresses(devices == nullptr ? "" : devices);
+  // One listener: IPv4, unless this host has only IPv6. On the address of the named device if that is one, else on all.
+  const bool v6 = !local.addresses.empty() && local.addresses.front().is_v6;
+  std::erase_if(local.addresses, [&](const internal::IpAddress& ip) { return ip.is_v6 != v6; });
+  const bool bind_to_one = local.chosen && local.addresses.size() == 1;
+  local.addresses.resize(std::min(local.addresses.size(), internal::kMaxAddresses - 1));
+  if (!bind_to_one) local.addresses.push_back(v6 ? internal::kLoopbackV6 : internal::kLoopbackV4);
+  address.addresses = local.addresses;
 
-  const sockaddr_storage any = ToSockaddr({v6, {}}, options_.listen_port);
+  const internal::IpAddress any{v6, {}};
+  const sockaddr_storage here = ToSockaddr(bind_to_one ? local.addresses.front() : any, options_.listen_port);
   ucp_listener_params_t params{};
   params.field_mask = UCP_LISTENER_PARAM_FIELD_SOCK_ADDR | UCP_LISTENER_PARAM_FIELD_CONN_HANDLER;
-  params.sockaddr = {reinterpret_cast<const sockaddr*>(&any), SockaddrBytes(any)};
+  params.sockaddr = {reinterpret_cast<const sockaddr*>(&here), SockaddrBytes(here)};
   params.conn_handler.arg = this;
   params.conn_handler.cb = [](ucp_conn_request_h request, void* self) {
     static_cast<UcxTransport*>(self)->requests_.push_back(request);
   };
   if (const ucs_status_t status = ucp_listener_create(worker_, &params, &listener_); status != UCS_OK) {
     listener_ = nullptr;
-    return absl::FailedPreconditionError(
-        absl::StrCat("UCX cannot listen on port ", options_.listen_port, ": ", ucs_status_string(status)));
+    return absl::FailedPreconditionError(absl::StrCat("UCX cannot listen on ",
+                                                      internal::ToString(bind_to_one ? local.addresses.front() : any),
+                                                      " port ", options_.listen_port, ": ", ucs_status_string(status)));
   }
   ucp_listener_attr_t attributes{};
   attributes.field_mask = UCP_LISTENER_ATTR_FIELD_SOCKADDR;
