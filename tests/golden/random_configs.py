@@ -30,8 +30,12 @@ import tempfile
 
 import numpy as np
 import torch
+import transformers
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+
+# It finds our YaRN factors unusual, and says so once a layer.
+transformers.logging.set_verbosity_error()
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BOUND = 1e-3
