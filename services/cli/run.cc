@@ -25,9 +25,9 @@
 #include "services/cli/terminal.h"
 #include "services/common/generation_spec.h"
 #include "services/router/choice_text.h"
+#include "services/router/generation_wire.h"
 #include "services/router/json_reader.h"
 #include "services/router/openai_request.h"
-#include "services/router/request_flow.h"
 
 namespace millrace::cli {
 namespace {

@@ -5,7 +5,6 @@
 #include "services/router/request_flow.h"
 
 #include <algorithm>
-#include <bit>
 #include <thread>
 #include <utility>
 
@@ -13,11 +12,9 @@
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
 #include "services/common/error.h"
+#include "services/router/generation_wire.h"
 #include "services/router/placement.h"
 #include "spdlog/spdlog.h"
-
-#define XXH_INLINE_ALL
-#include <xxhash.h>
 
 namespace millrace::router {
 namespace {
@@ -32,86 +29,7 @@ uint64_t LeftMs(TimePoint deadline, TimePoint now) {
 
 double Seconds(Duration d) { return std::chrono::duration<double>(d).count(); }
 
-absl::Status Retryable(std::string_view code, std::string_view message) {
-  return MakeError(absl::StatusCode::kUnavailable, std::string(message),
-                   {.code = std::string(code), .retry_after_s = 1});
-}
-
-absl::Status DeadlineError() {
-  return MakeError(absl::StatusCode::kDeadlineExceeded, "the request's deadline has passed",
-                   {.code = "deadline_exceeded"});
-}
-
-// What the client is told when a worker ends its part with `status`. The worker's own words name addresses and ids:
-// they go to the log.
-absl::Status ClientError(const absl::Status& status) {
-  switch (status.code()) {
-    case absl::StatusCode::kUnavailable:
-      return Retryable("worker_lost", "a worker that served this request is gone; send it again");
-    case absl::StatusCode::kDeadlineExceeded:
-      return DeadlineError();
-    case absl::StatusCode::kResourceExhausted:
-      return MakeError(absl::StatusCode::kResourceExhausted, "every worker is busy",
-                       {.code = "overloaded", .retry_after_s = 2});
-    case absl::StatusCode::kDataLoss:
-      return Retryable("handoff_failed", "the request's state could not be moved intact; send it again");
-    case absl::StatusCode::kFailedPrecondition:
-      return Retryable("no_compatible_pair", "the workers chosen do not serve the same model; send it again");
-    case absl::StatusCode::kAborted:
-    case absl::StatusCode::kNotFound:
-    case absl::StatusCode::kCancelled:  // not by us: our own cancels are not reported
-      return Retryable("lease_lost", "the request lost its place on a worker; send it again");
-    default:
-      return MakeError(absl::StatusCode::kInternal, "a worker could not continue this request",
-                       {.code = "internal_error"});
-  }
-}
-
-GeneratedToken FromProto(const v1::Token& token) {
-  GeneratedToken out;
-  out.index = static_cast<int64_t>(token.index());
-  out.id = static_cast<int32_t>(token.id());
-  out.logprob = token.logprob();
-  out.top_logprobs.reserve(token.top_logprobs_size());
-  for (const v1::TokenLogprob& top : token.top_logprobs()) {
-    out.top_logprobs.push_back({static_cast<int32_t>(top.id()), top.logprob()});
-  }
-  return out;
-}
-
 }  // namespace
-
-v1::GenerationSpec ToSpec(const GenerationRequest& request, const std::vector<int32_t>& end_ids) {
-  v1::GenerationSpec spec;
-  v1::SamplingParams* sampling = spec.mutable_sampling();
-  const SamplingParams& from = request.sampling;
-  sampling->set_temperature(static_cast<float>(from.temperature));
-  sampling->set_top_p(static_cast<float>(from.top_p));
-  sampling->set_top_k(static_cast<uint32_t>(from.top_k));
-  sampling->set_min_p(static_cast<float>(from.min_p));
-  sampling->set_presence_penalty(static_cast<float>(from.presence_penalty));
-  sampling->set_frequency_penalty(static_cast<float>(from.frequency_penalty));
-  sampling->set_repetition_penalty(static_cast<float>(from.repetition_penalty));
-  sampling->set_seed(from.seed);
-  for (const auto& [id, bias] : from.logit_bias) {
-    v1::LogitBias* entry = sampling->add_logit_bias();
-    entry->set_id(static_cast<uint32_t>(id));
-    entry->set_bias(bias);
-  }
-  spec.set_choice(static_cast<uint32_t>(request.choice));
-  spec.set_max_tokens(static_cast<uint32_t>(request.max_tokens));
-  spec.set_min_tokens(static_cast<uint32_t>(request.min_tokens));
-  if (!request.ignore_eos) {
-    for (int32_t id : end_ids) spec.add_end_ids(static_cast<uint32_t>(id));
-  }
-  spec.set_num_logprobs(request.num_logprobs);
-  return spec;
-}
-
-uint64_t TokenHash(const std::vector<int32_t>& ids) {
-  static_assert(std::endian::native == std::endian::little, "the hash is defined over little-endian ids");
-  return XXH3_64bits(ids.data(), ids.size() * sizeof(int32_t));
-}
 
 // What a front holds. Cancels when it is dropped; the flow may be gone by then, which Cancel tolerates.
 class RequestFlow::Handle final : public Generation {
@@ -156,7 +74,7 @@ RequestFlow::~RequestFlow() {
     registry_.set_on_gone(nullptr);
     registry_.set_on_change(nullptr);
     loop_.Cancel(sweep_timer_);
-    for (auto& [id, attempt] : attempts_) loop_.Cancel(attempt->renew_timer);
+    for (auto& [id, attempt] : attempts_) CancelTimers(*attempt);
   });
 }
 

@@ -54,11 +54,6 @@ struct FlowOptions {
   int max_attempts = 3;  // of one generation, before its first token only
 };
 
-// What the client asked for, as workers are told it. Also what `millrace run` samples with, so that both draw alike.
-v1::GenerationSpec ToSpec(const GenerationRequest& request, const std::vector<int32_t>& end_ids);
-// XXH3-64 of the ids as little-endian int32: what the manifest of the hand-off must name.
-uint64_t TokenHash(const std::vector<int32_t>& ids);
-
 class RequestFlow final : public GenerationService {
  public:
   // All three must outlive it. Takes over the registry's callbacks.
@@ -134,7 +129,8 @@ class RequestFlow final : public GenerationService {
     EventLoop::TimerId renew_timer = 0;
 
     bool closing = false;  // no flow waits for it any more
-    TimePoint give_up;     // when unanswered aborts are no longer repeated: the lease has run out by then
+    EventLoop::TimerId close_timer = 0, abort_prefill_timer = 0, abort_decode_timer = 0;
+    TimePoint give_up;  // when unanswered aborts are no longer repeated: the lease has run out by then
   };
 
   // The steps, in order of a request's life.
@@ -166,6 +162,7 @@ class RequestFlow final : public GenerationService {
   void ClosePrefillLeg(Attempt& attempt);
   void CloseDecodeLeg(Attempt& attempt);
   void EraseIfClosed(AttemptId id, TimePoint now);
+  void CancelTimers(Attempt& attempt);
 
   void ScheduleRenew(Attempt& attempt, milliseconds granted, TimePoint now);
   void Renew(AttemptId id, TimePoint now);

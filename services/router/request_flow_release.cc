@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "services/common/error.h"
+#include "services/router/generation_wire.h"
 #include "services/router/placement.h"
 #include "services/router/request_flow.h"
 #include "spdlog/spdlog.h"
@@ -27,7 +28,7 @@ void RequestFlow::Close(Attempt& attempt, TimePoint now) {
   const AttemptId id = attempt.id;
   if (attempt.decode_stream != nullptr) attempt.decode_stream->SetPaused(false);  // so that it can see its end
   if (attempt.ended_at_prefill || attempt.decode_ended) {
-    loop_.At(now + kSelfClose, [this, id](TimePoint at) { AbortLegs(id, at); });
+    attempt.close_timer = loop_.At(now + kSelfClose, [this, id](TimePoint at) { AbortLegs(id, at); });
     EraseIfClosed(id, now);
     return;
   }
@@ -87,7 +88,8 @@ void RequestFlow::AbortPrefill(AttemptId id, TimePoint now) {
           EraseIfClosed(id, at);
           return;
         }
-        loop_.At(at + kAbortInterval, [this, id](TimePoint later) { AbortPrefill(id, later); });
+        ended->abort_prefill_timer =
+            loop_.At(at + kAbortInterval, [this, id](TimePoint later) { AbortPrefill(id, later); });
       });
 }
 
@@ -126,7 +128,8 @@ void RequestFlow::AbortDecode(AttemptId id, TimePoint now) {
           EraseIfClosed(id, at);
           return;
         }
-        loop_.At(at + kAbortInterval, [this, id](TimePoint later) { AbortDecode(id, later); });
+        ended->abort_decode_timer =
+            loop_.At(at + kAbortInterval, [this, id](TimePoint later) { AbortDecode(id, later); });
       });
 }
 
@@ -167,10 +170,18 @@ void RequestFlow::EraseIfClosed(AttemptId id, TimePoint now) {
   Attempt* attempt = FindAttempt(id);
   if (attempt == nullptr || !attempt->closing) return;
   if (attempt->prefill_leg != Leg::kClosed || attempt->decode_leg != Leg::kClosed) return;
+  CancelTimers(*attempt);
   attempts_.erase(id);
   open_attempts_.fetch_sub(1);
   metrics_.attempts_open.Set(static_cast<double>(attempts_.size()));
   PlaceQueued(now);
+}
+
+void RequestFlow::CancelTimers(Attempt& attempt) {
+  for (EventLoop::TimerId* timer :
+       {&attempt.renew_timer, &attempt.close_timer, &attempt.abort_prefill_timer, &attempt.abort_decode_timer}) {
+    loop_.Cancel(std::exchange(*timer, 0));
+  }
 }
 
 void RequestFlow::ScheduleRenew(Attempt& attempt, milliseconds granted, TimePoint now) {
@@ -208,10 +219,7 @@ void RequestFlow::Renew(AttemptId id, TimePoint now) {
                      renewed->decode->name, status.ToString());
         // With a stream attached its own status says better what happened, and is on its way.
         if (renewed->decode_stream != nullptr || flow == nullptr) return;
-        Fail(*flow,
-             MakeError(absl::StatusCode::kUnavailable, "the request lost its place on a worker; send it again",
-                       {.code = "lease_lost", .retry_after_s = 1}),
-             at);
+        Fail(*flow, ClientError(status), at);
       });
   (void)now;
 }
@@ -242,10 +250,7 @@ void RequestFlow::OnWorkerGone(const WorkerView& worker, const std::string& why,
     if (flow != nullptr && needed) {
       spdlog::warn("request {} attempt {}: ends after {} tokens, {} {}", attempt->wire_id, attempt->number,
                    flow->next_index, worker.name, why);
-      Fail(*flow,
-           MakeError(absl::StatusCode::kUnavailable, "a worker that served this request is gone; send it again",
-                     {.code = "worker_lost", .retry_after_s = 1}),
-           now);
+      Fail(*flow, ClientError(absl::UnavailableError(why)), now);
     } else if (attempt->closing && attempt->ended_at_prefill && attempt->decode_leg == Leg::kOpen) {
       AbortDecode(id, now);  // prefill would have ended the lease
     }

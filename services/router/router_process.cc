@@ -134,6 +134,8 @@ class RouterProcessImpl final : public RouterProcess {
     if (registry_) loop_.Call([this](TimePoint) { registry_->CloseAll("the router is shutting down"); });
     if (internal_grpc_ != nullptr) internal_grpc_->Shutdown(absl::Milliseconds(500));
     internal_grpc_.reset();
+    // What the streams' ends have posted refers to the registry, which goes before the loop does.
+    loop_.Call([](TimePoint) {});
   }
 
   void WaitAndDrain(const StopSignal& stop) override {

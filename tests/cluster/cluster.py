@@ -123,6 +123,13 @@ class Cluster:
         if how == signal.SIGKILL:
             self.processes[name].wait()
 
+    def restart(self, name, env=None):
+        """Ends it well and starts it again, perhaps with another environment."""
+        self.kill(name, signal.SIGTERM)
+        self.processes[name].wait(40)
+        self.start(name, env)
+        self.wait_ready()
+
     def stop(self):
         """Drains in the order `up` does. Exit codes by name; a process that had to be killed has None."""
         codes = {}

@@ -267,6 +267,46 @@ class Deaths(ClusterCase):
         self.recover("decode-0")
 
 
+class Points(ClusterCase):
+    """A worker dies at a named place. The client gets the whole answer or an error, the next one gets its answer."""
+
+    PLACES = {
+        "prefill-0": ["p.before_prefill", "p.during_prefill", "p.after_prefill", "p.before_transfer",
+                      "p.during_transfer", "p.after_transfer", "p.before_commit", "p.after_commit"],
+        "decode-0": ["d.reserve", "d.before_commit", "d.after_commit", "d.before_step", "d.after_step",
+                     "d.before_send"],
+        "expert-1": ["e.before_compute", "e.after_compute"],
+    }
+
+    def test_death_at_every_named_place(self):
+        with Cluster(experts=2) as cluster:
+            expected = Answers.alone(completion(600))
+            for name, places in self.PLACES.items():
+                for place in places:
+                    with self.subTest(place):
+                        cluster.restart(name, env={"MILLRACE_FAILPOINTS": f"{place}=crash@1"})
+                        stream = cluster.stream("/v1/completions", completion(600))
+                        last, text = None, ""
+                        if stream.status == 200:
+                            for last in stream.events():
+                                if isinstance(last, dict) and last.get("choices"):
+                                    text += last["choices"][0]["text"]
+                        stream.close()
+                        if last == "[DONE]":
+                            self.assertEqual(text, expected["message"]["content"])
+                        elif stream.status == 200:
+                            self.assertIn("error", last)
+                            self.assertTrue(expected["message"]["content"].startswith(text))
+                        else:
+                            self.assertEqual(stream.status, 503)
+                        wait_until(lambda: cluster.processes[name].poll() is not None,
+                                   f"{name} dead at {place}: the place was not passed", 10)
+                        cluster.start(name)
+                        cluster.wait_ready()
+                        self.assert_same_bits(cluster, completion(600))
+                        cluster.expect_nothing_left()
+
+
 class Leaks(ClusterCase):
     def test_two_hundred_mixed_requests_leave_nothing(self):
         with Cluster(experts=2, decode_section={"max_sequences": 8}) as cluster:
@@ -328,6 +368,24 @@ class Drain(ClusterCase):
             cluster.kill("router", signal.SIGTERM)
             self.assertEqual(list(events)[-1], "[DONE]")
             stream.close()
+
+
+    def test_draining_workers_cost_no_request(self):
+        with Cluster(prefill=2, decode=2, experts=1) as cluster:
+            streams = [cluster.stream("/v1/completions", completion(50, max_tokens=300)) for _ in range(4)]
+            events = [stream.events() for stream in streams]
+            for each in events:
+                next(each)
+            cluster.kill("decode-0", signal.SIGTERM)
+            cluster.kill("prefill-0", signal.SIGTERM)
+            wait_until(lambda: sum(worker["state"] == "ready" for worker in cluster.status()["workers"]) == 3,
+                       "two workers draining or gone", 10)
+            self.assert_same_bits(cluster, completion(128))
+            for stream, each in zip(streams, events):
+                self.assertEqual(list(each)[-1], "[DONE]")
+                stream.close()
+            for name in ("decode-0", "prefill-0"):
+                self.assertEqual(cluster.processes[name].wait(30), 0)
 
 
 def child_of(parent, word):
