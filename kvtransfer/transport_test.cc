@@ -379,9 +379,8 @@ TEST_P(Conformance, CloseOfThePeerIsReportedAndFailsSends) {
   ASSERT_TRUE(SendAndWait("warm", {}).ok());
   Outcome failure;
   auto failed = std::make_shared<SendDone>(failure.Callback());
-  a_->OnPeerFailed([&, failed](PeerId peer, const absl::Status& why) {
-    EXPECT_EQ(peer, to_b_);
-    (*failed)(why);
+  a_->OnPeerFailed([failed, first = to_b_](PeerId peer, const absl::Status& why) {
+    if (peer == first) (*failed)(why);
   });
   b_->Close();
   EXPECT_TRUE(absl::IsUnavailable(failure.Get(kFailureBound))) << failure.Get();
