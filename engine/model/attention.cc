@@ -30,9 +30,10 @@ void Model::Attention(int layer, const LayerWeights& w, const Pass& pass, Activa
                      rope, a.selection);
     if (options.tap != nullptr && !a.selection.all) {
       for (int64_t r = 0; r < rows; ++r) {
-        options.tap->OnSelection(layer, r,
-                                 absl::MakeConstSpan(a.selection.entries)
-                                     .subspan(a.selection.offset[r], a.selection.offset[r + 1] - a.selection.offset[r]));
+        options.tap->OnSelection(
+            layer, r,
+            absl::MakeConstSpan(a.selection.entries)
+                .subspan(a.selection.offset[r], a.selection.offset[r + 1] - a.selection.offset[r]));
       }
     }
   }
@@ -43,17 +44,13 @@ void Model::Attention(int layer, const LayerWeights& w, const Pass& pass, Activa
   // Output: each group of heads through its own low-rank matrix, then one linear back to the hidden size.
   const int64_t group_width = static_cast<int64_t>(heads) * config_.head_dim / config_.o_groups;
   const int64_t rank = config_.o_lora_rank;
-  std::vector<float>& z = a.low_rank;
-  std::vector<float>& group = a.comp_kv;  // free again: compression is done
-  if (static_cast<int64_t>(group.size()) < rows * rank) group.resize(rows * rank);
+  const int64_t z_width = config_.o_groups * rank;
   for (int g = 0; g < config_.o_groups; ++g) {
-    ops_.Linear(a.attn.data() + g * group_width, heads * config_.head_dim, rows,
-                {{&w.wo_a[g], group.data(), /*round=*/true, /*quantise_input=*/false}});
-    for (int64_t r = 0; r < rows; ++r) {
-      std::copy_n(group.data() + r * rank, rank, z.data() + (r * config_.o_groups + g) * rank);
-    }
+    ops_.Linear(
+        a.attn.data() + g * group_width, heads * config_.head_dim, rows,
+        {{.weight = &w.wo_a[g], .out = a.low_rank.data() + g * rank, .out_ld = z_width, .quantise_input = false}});
   }
-  ops_.Linear(z.data(), config_.o_groups * rank, rows, {{&w.wo_b, a.sublayer.data()}});
+  ops_.Linear(a.low_rank.data(), z_width, rows, {{&w.wo_b, a.sublayer.data()}});
 }
 
 void Model::Compress(int layer, const LayerWeights& w, const Pass& pass, Activations& a) {

@@ -11,7 +11,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "engine/model/absl_view.h"
+#include "engine/absl_view.h"
 #include "engine/model/checkpoint_manifest.h"
 #include "engine/model/mapped_file.h"
 #include "engine/model/shard_index.h"

@@ -11,7 +11,7 @@
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
-#include "engine/model/absl_view.h"
+#include "engine/absl_view.h"
 #include "engine/status.h"
 #include "nlohmann/json.hpp"
 

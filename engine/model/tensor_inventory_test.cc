@@ -4,7 +4,7 @@
 
 #include <map>
 
-#include "engine/model/absl_view.h"
+#include "engine/absl_view.h"
 #include "engine/model/checkpoint.h"
 #include "engine/model/preset_config.h"
 

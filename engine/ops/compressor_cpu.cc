@@ -13,13 +13,24 @@
 #include "engine/ops/vector_cpu.h"
 
 namespace millrace {
+namespace {
+
+// Exponent of the scale of one FP4 group of 32.
+int Fp4GroupExponent(const float* x) {
+  float amax = 0;
+  for (int i = 0; i < 32; ++i) amax = std::max(amax, std::abs(x[i]));
+  return Fp4Scale(amax);
+}
+
+}  // namespace
 
 void CpuOps::SimulateKv(float* entry) const {
   if (!rounding_.kv_quant) return;
   const int64_t plain = config_.head_dim - config_.rope_head_dim;
   float scales[16];
   QuantiseActivations(entry, plain, 64, entry, scales);
-  for (int64_t i = 0; i < plain; i += 64) vec::Scale(entry + i, scales[i / 64], std::min<int64_t>(64, plain - i), entry + i);
+  for (int64_t i = 0; i < plain; i += 64)
+    vec::Scale(entry + i, scales[i / 64], std::min<int64_t>(64, plain - i), entry + i);
 }
 
 void CpuOps::SimulateIndex(float* x) const {
@@ -37,9 +48,7 @@ void CpuOps::SimulateIndex(float* x) const {
   const float norm = std::sqrt(static_cast<float>(kDim));
   for (int i = 0; i < kDim; ++i) x[i] = RoundBf16(x[i] / norm);  // the quotient: near-ties decide FP4 codes
   for (int i = 0; i < kDim; i += 32) {
-    float amax = 0;
-    for (int j = i; j < i + 32; ++j) amax = std::max(amax, std::abs(x[j]));
-    const int exponent = Fp4Scale(amax);
+    const int exponent = Fp4GroupExponent(x + i);
     const float inverse = PowerOfTwo(-exponent), scale = PowerOfTwo(exponent);
     for (int j = i; j < i + 32; ++j) x[j] = DecodeE2m1(EncodeE2m1(x[j] * inverse)) * scale;
   }
@@ -80,9 +89,7 @@ void CpuOps::StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) con
     return;
   }
   for (int g = 0; g < 4; ++g) {
-    float amax = 0;
-    for (int i = g * 32; i < g * 32 + 32; ++i) amax = std::max(amax, std::abs(key[i]));
-    const int exponent = Fp4Scale(amax);
+    const int exponent = Fp4GroupExponent(key + g * 32);
     const float inverse = PowerOfTwo(-exponent);
     for (int i = g * 32; i < g * 32 + 32; i += 2) {
       body[i / 2] = static_cast<uint8_t>(EncodeE2m1(key[i] * inverse) | EncodeE2m1(key[i + 1] * inverse) << 4);

@@ -38,8 +38,10 @@ void CpuOps::Linear(const float* x, int64_t ld, int64_t rows, std::initializer_l
       });
       quantised = {codes_.data(), w.k(), scales_.data(), groups};
     }
-    MatMul(w, quantise ? quantised : plain, rows, call.out, w.n(), pool_);
-    if (call.round && rounding_.linear_out) vec::RoundBf16(call.out, rows * w.n());
+    const int64_t out_ld = call.out_ld == 0 ? w.n() : call.out_ld;
+    MatMul(w, quantise ? quantised : plain, rows, call.out, out_ld, pool_);
+    if (!call.round || !rounding_.linear_out) continue;
+    for (int64_t r = 0; r < rows; ++r) vec::RoundBf16(call.out + r * out_ld, w.n());
   }
 }
 

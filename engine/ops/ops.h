@@ -84,6 +84,7 @@ struct LinearCall {
   const PackedLinear* weight = nullptr;
   float* out = nullptr;
   bool round = true;           // round the output to BF16 where the numerics do (FP32 linears do not)
+  int64_t out_ld = 0;          // floats from one row of `out` to the next; 0: the weight's outputs, without a gap
   bool quantise_input = true;  // an FP8 or FP4 weight quantises its input; wo_a, stored as FP8, is a BF16 product
 };
 

@@ -2,8 +2,8 @@
 // Lightning indexer and attention core on the CPU.
 //
 // One query row at a time: the window first (two tiles of 64 slots, oldest to newest, slots before the sequence
-// masked), then the entries in tiles of 64; a softmax inside each segment of 18 tiles, segments merged in ascending order;
-// the sink joins the normaliser at the end. The list and its tiles depend on the query's position only.
+// masked), then the entries in tiles of 64; a softmax inside each segment of 18 tiles, segments merged in ascending
+// order; the sink joins the normaliser at the end. The list and its tiles depend on the query's position only.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -26,17 +26,21 @@ constexpr int kMaxHeads = 128;
 // probability is rounded relative to the segment's own maximum, whatever tile that maximum is in.
 class SegmentedAttention {
  public:
-  SegmentedAttention(int heads, int64_t dim, bool round_p)
-      : heads_(heads), dim_(dim), round_p_(round_p), scale_(1.0f / std::sqrt(static_cast<float>(dim))),
-        logits_(static_cast<int64_t>(heads) * kSegment), keys_(kSegment), ones_(heads, 1.0f) {}
-
-  void Start(const float* q) {
+  // Begins a row; buffers are kept, so that a thread allocates for its first row only.
+  void Start(const float* q, int heads, int64_t dim, bool round_p) {
     q_ = q;
+    heads_ = heads;
+    dim_ = dim;
+    round_p_ = round_p;
+    scale_ = 1.0f / std::sqrt(static_cast<float>(dim));
     n_ = 0;
     tiles_ = 0;
-    max_.assign(heads_, kNegInf);
-    sum_.assign(heads_, 0.0f);
-    out_.assign(heads_ * dim_, 0.0f);
+    logits_.resize(static_cast<int64_t>(heads) * kSegment);
+    keys_.resize(kSegment);
+    ones_.assign(heads, 1.0f);
+    max_.assign(heads, kNegInf);
+    sum_.assign(heads, 0.0f);
+    out_.assign(heads * dim, 0.0f);
   }
 
   // At most kTile keys, none masked; an empty tile counts towards the segment all the same. Keys must stay readable
@@ -82,15 +86,15 @@ class SegmentedAttention {
     n_ = 0;
   }
 
-  const int heads_;
-  const int64_t dim_;
-  const bool round_p_;
-  const float scale_;
   const float* q_ = nullptr;
+  int heads_ = 0;
+  int64_t dim_ = 0;
+  bool round_p_ = false;
+  float scale_ = 1.0f;
   int n_ = 0, tiles_ = 0;
-  std::vector<float> logits_;        // [heads, kSegment], probabilities once closed
-  std::vector<const float*> keys_;   // [kSegment]
-  const std::vector<float> ones_;
+  std::vector<float> logits_;       // [heads, kSegment], probabilities once closed
+  std::vector<const float*> keys_;  // [kSegment]
+  std::vector<float> ones_;
   std::vector<float> max_, sum_, out_, segment_;
 };
 
@@ -99,9 +103,8 @@ void TopK(const float* scores, int64_t n, int k, std::vector<int32_t>& scratch, 
   scratch.resize(n);
   std::iota(scratch.begin(), scratch.end(), 0);
   if (n > k) {
-    std::nth_element(scratch.begin(), scratch.begin() + k, scratch.end(), [scores](int32_t a, int32_t b) {
-      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-    });
+    std::nth_element(scratch.begin(), scratch.begin() + k, scratch.end(),
+                     [scores](int32_t a, int32_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
     scratch.resize(k);
     std::sort(scratch.begin(), scratch.end());
   }
@@ -126,7 +129,8 @@ void CpuOps::IndexSelect(int layer, const Pass& pass, float* q, const float* wei
       SimulateIndex(head);
     }
   });
-  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)) / std::sqrt(static_cast<double>(heads)));
+  const float scale =
+      static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)) / std::sqrt(static_cast<double>(heads)));
   std::vector<float> scaled(pass.num_rows * heads);
   for (size_t i = 0; i < scaled.size(); ++i) {
     scaled[i] = weights[i] * scale;
@@ -200,8 +204,8 @@ void CpuOps::SparseAttention(int layer, const Pass& pass, const float* q, int he
 
     pool_.For(s.count, [&](int64_t r) {
       const int64_t row = s.row + r, position = s.start + r;
-      SegmentedAttention attention(heads, dim, rounding_.attention_p);
-      attention.Start(q + row * heads * dim);
+      static thread_local SegmentedAttention attention;
+      attention.Start(q + row * heads * dim, heads, dim, rounding_.attention_p);
       const float* keys[kTile];
       for (int64_t tile = 0; tile < slots; tile += kTile) {
         int n = 0;

@@ -8,10 +8,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "engine/absl_view.h"
 
 namespace millrace::text {
 
-inline absl::string_view AbslView(std::string_view text) { return {text.data(), text.size()}; }
+using ::millrace::AbslView;
 
 namespace internal {
 inline absl::string_view ForStrCat(std::string_view text) { return AbslView(text); }

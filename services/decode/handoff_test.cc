@@ -24,6 +24,7 @@
 #include "kvtransfer/loopback_transport.h"
 #include "services/common/clock.h"
 #include "services/common/failpoints.h"
+#include "services/common/one_engine_tokens.h"
 #include "services/decode/decode_loop.h"
 #include "services/prefill/prefill_loop.h"
 
@@ -81,34 +82,10 @@ struct Outcome {
   bool prefill_closed = false, decode_closed = false;
 };
 
-std::string Describe(const std::vector<v1::Token>& tokens) {
-  std::string text;
-  for (const v1::Token& token : tokens) {
-    uint32_t bits;
-    const float logprob = token.logprob();
-    std::memcpy(&bits, &logprob, sizeof(bits));
-    absl::StrAppend(&text, token.index(), ":", token.id(), ":", absl::Hex(bits), " ");
-  }
-  return text;
-}
-
 // The same request in one engine, unchunked.
 std::vector<v1::Token> Reference(const std::vector<int32_t>& prompt, const v1::GenerationSpec& spec) {
   static Engine* const engine = MakeEngine(64, 2, 2048).release();
-  const auto sequence = engine->NewSequence(CacheTokens(static_cast<int64_t>(prompt.size()), spec));
-  CHECK(sequence.ok(), std::string(sequence.status().message()));
-  TokenDraw draw(spec, prompt);
-  std::vector<int32_t> next = prompt;
-  std::vector<v1::Token> tokens;
-  for (bool more = true; more;) {
-    Chunk chunk{*sequence, next, {}, &draw.Request()};
-    const auto outputs = engine->Forward({&chunk, 1});
-    CHECK(outputs.ok(), std::string(outputs.status().message()));
-    more = draw.Accept((*outputs)[0].sampled, tokens.emplace_back()) == v1::FINISH_REASON_UNSPECIFIED;
-    next = {draw.last_id()};
-  }
-  engine->Release(*sequence);
-  return tokens;
+  return OneEngineTokens(*engine, prompt, spec);
 }
 
 // Commit and abort without a network.
@@ -371,7 +348,7 @@ TEST_F(Handoff, EveryLengthGivesTheBitsOfOneProcess) {
     const Outcome outcome = RunOne(pair, absl::StrCat("length-", length), prompt, spec);
     EXPECT_TRUE(outcome.prefill.ok()) << outcome.prefill;
     EXPECT_TRUE(outcome.decode.ok()) << outcome.decode;
-    EXPECT_EQ(Describe(outcome.tokens), Describe(Reference(prompt, spec))) << "length " << length;
+    EXPECT_EQ(DescribeTokens(outcome.tokens), DescribeTokens(Reference(prompt, spec))) << "length " << length;
   }
   EXPECT_TRUE(pair.BecomesClean());
 }
@@ -380,7 +357,7 @@ TEST_F(Handoff, DecodeCrossesCompressionBoundariesAsOneProcessDoes) {
   Pair pair;
   const auto prompt = MakePrompt(126);
   const auto spec = MakeSpec(140);
-  EXPECT_EQ(Describe(RunOne(pair, "long", prompt, spec).tokens), Describe(Reference(prompt, spec)));
+  EXPECT_EQ(DescribeTokens(RunOne(pair, "long", prompt, spec).tokens), DescribeTokens(Reference(prompt, spec)));
   EXPECT_TRUE(pair.BecomesClean());
 }
 
@@ -391,11 +368,11 @@ TEST_F(Handoff, CompanyChangesNothing) {
   for (int i = 0; i < 10; ++i) {
     const auto prompt = MakePrompt(1 + 37 * i, static_cast<uint32_t>(i));
     const auto spec = MakeSpec(static_cast<uint32_t>(3 + i));
-    expected.push_back(Describe(Reference(prompt, spec)));
+    expected.push_back(DescribeTokens(Reference(prompt, spec)));
     flows.push_back(MakeFlow(pair, absl::StrCat("together-", i), prompt, spec));
     ASSERT_TRUE(flows.back()->Start().ok());
   }
-  for (size_t i = 0; i < flows.size(); ++i) EXPECT_EQ(Describe(flows[i]->Wait().tokens), expected[i]) << i;
+  for (size_t i = 0; i < flows.size(); ++i) EXPECT_EQ(DescribeTokens(flows[i]->Wait().tokens), expected[i]) << i;
   EXPECT_TRUE(pair.BecomesClean());
 }
 
@@ -421,7 +398,7 @@ TEST_F(Handoff, DamagedAndLostBlocksAreSentAgainAndOnlyThose) {
     pair.faults->SetPlan(options.faults);
     const Outcome outcome = RunOne(pair, absl::StrCat("damaged-", i), prompt, MakeSpec(5));
     EXPECT_TRUE(outcome.committed) << outcome.prefill;
-    EXPECT_EQ(Describe(outcome.tokens), Describe(Reference(prompt, MakeSpec(5))));
+    EXPECT_EQ(DescribeTokens(outcome.tokens), DescribeTokens(Reference(prompt, MakeSpec(5))));
     if (pair.faults->counts().total() > 0) {
       EXPECT_GT(outcome.resent, 0u);
     }
@@ -521,7 +498,7 @@ TEST_F(Handoff, ASlowReaderHoldsBackOnlyItsOwnSequence) {
   EXPECT_EQ(RunOne(pair, "quick", MakePrompt(40), MakeSpec(20)).tokens.size(), 20u);
   slow->SetCongested(false);
   const Outcome outcome = slow->Wait();
-  EXPECT_EQ(Describe(outcome.tokens), Describe(Reference(MakePrompt(30), MakeSpec(300))));
+  EXPECT_EQ(DescribeTokens(outcome.tokens), DescribeTokens(Reference(MakePrompt(30), MakeSpec(300))));
 }
 
 TEST_F(Handoff, MigrationContinuesTheSequenceOfOneProcess) {
@@ -534,7 +511,7 @@ TEST_F(Handoff, MigrationContinuesTheSequenceOfOneProcess) {
   auto spec = MakeSpec(20);
   spec.set_prior_tokens(7);
   const Outcome outcome = RunOne(pair, "migrated", longer, spec);
-  EXPECT_EQ(Describe(outcome.tokens), Describe({whole.begin() + 7, whole.end()}));
+  EXPECT_EQ(DescribeTokens(outcome.tokens), DescribeTokens({whole.begin() + 7, whole.end()}));
 }
 
 TEST_F(Handoff, AnErrorAtAnyNamedPointEndsTheRequestAndLeaksNothing) {
@@ -556,18 +533,18 @@ TEST_F(Handoff, EverySeededBugIsCaught) {
   const auto prompt = MakePrompt(391);
   auto spec = MakeSpec(40);
   spec.mutable_sampling()->set_temperature(0);
-  const std::string expected = Describe(Reference(prompt, spec));
+  const std::string expected = DescribeTokens(Reference(prompt, spec));
   Pair pair;
   for (const char* bug : {"bug.drop_frontier", "bug.off_by_one_row", "bug.swap_two_blocks", "bug.n_minus_1",
                           "bug.rope_position", "bug.double_token"}) {
     ASSERT_TRUE(failpoints::Arm(absl::StrCat(bug, "=on")).ok());
     const Outcome outcome = RunOne(pair, absl::StrCat("with-", bug), prompt, spec);
     EXPECT_GE(failpoints::Hits(bug), 1u) << bug;
-    EXPECT_NE(Describe(outcome.tokens), expected) << bug;
+    EXPECT_NE(DescribeTokens(outcome.tokens), expected) << bug;
     ASSERT_TRUE(failpoints::Arm("").ok());
     EXPECT_TRUE(pair.BecomesClean()) << bug;
   }
-  EXPECT_EQ(Describe(RunOne(pair, "without", prompt, spec).tokens), expected);
+  EXPECT_EQ(DescribeTokens(RunOne(pair, "without", prompt, spec).tokens), expected);
 }
 
 TEST_F(Handoff, ASeededStaleAttemptWouldBeSeen) {
@@ -591,11 +568,12 @@ TEST_F(Handoff, PagesAreKeptUntilTheAnswerAndReusingThemEarlierIsCaught) {
     ASSERT_TRUE(first->Start().ok());
     ASSERT_TRUE(next->Start().ok());
     const Outcome outcome = first->Wait();
-    EXPECT_EQ(Describe(next->Wait().tokens), Describe(Reference(MakePrompt(210, 9), MakeSpec(4))));
+    EXPECT_EQ(DescribeTokens(next->Wait().tokens), DescribeTokens(Reference(MakePrompt(210, 9), MakeSpec(4))));
     if (bug) {
       EXPECT_FALSE(outcome.committed);
     } else {
-      EXPECT_EQ(Describe(outcome.tokens), Describe(Reference(MakePrompt(200), MakeSpec(4)))) << outcome.prefill;
+      EXPECT_EQ(DescribeTokens(outcome.tokens), DescribeTokens(Reference(MakePrompt(200), MakeSpec(4))))
+          << outcome.prefill;
     }
     ASSERT_TRUE(failpoints::Arm("").ok());
     EXPECT_TRUE(pair.BecomesClean());

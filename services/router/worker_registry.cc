@@ -177,15 +177,6 @@ void WorkerRegistry::Remove(std::map<Key, Member>::iterator member, const std::s
   if (on_change_) on_change_(now);
 }
 
-void WorkerRegistry::DrainAll(milliseconds grace, const std::string& reason) {
-  for (auto& [key, member] : members_) {
-    v1::RouterMessage message;
-    message.mutable_drain()->set_grace_ms(static_cast<uint32_t>(grace.count()));
-    message.mutable_drain()->set_reason(reason);
-    member.connection->Send(std::move(message));
-  }
-}
-
 void WorkerRegistry::CloseAll(const std::string& reason) {
   for (auto& [key, member] : members_) member.connection->Close(absl::UnavailableError(reason));
   members_.clear();

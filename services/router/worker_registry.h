@@ -53,8 +53,6 @@ class WorkerRegistry {
   // Ends members that have been silent for dead_after. Call at least every heartbeat / 5.
   void Sweep(TimePoint now);
 
-  // Asks every worker to finish and take nothing new.
-  void DrainAll(milliseconds grace, const std::string& reason);
   // Closes every stream with UNAVAILABLE.
   void CloseAll(const std::string& reason);
 

@@ -89,6 +89,8 @@ class Cluster:
         for role, entries in sections.items():
             self.roles.update({entry["worker"]["name"]: role for entry in entries})
         self.processes = {}
+        self.incarnations = {}  # by name, as last seen ready
+        self.stale = {}  # by name, of the process that ran before: the router may not have noticed its death yet
         self.told = set()  # processes that had their SIGTERM: a second one means "at once"
 
     def __enter__(self):
@@ -110,6 +112,7 @@ class Cluster:
     # Processes.
 
     def start(self, name, env=None):
+        self.stale[name] = self.incarnations.get(name)
         command = [BINARY, self.roles[name], "--config", self.config_path, "--name", name]
         log = open(os.path.join(self.directory, name + ".log"), "ab")
         self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -194,7 +197,9 @@ class Cluster:
             status = self.status()
         except (OSError, http.client.HTTPException, ValueError):
             return False
-        workers = [worker for worker in status["workers"] if worker["state"] == "ready"]
+        workers = {worker["name"]: worker["incarnation"] for worker in status["workers"]
+                   if worker["state"] == "ready" and worker["incarnation"] != self.stale.get(worker["name"])}
+        self.incarnations.update(workers)
         return status["ready"] and len(workers) == len(self.roles) - 1
 
     def wait_ready(self):

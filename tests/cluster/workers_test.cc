@@ -23,6 +23,7 @@
 #include "kvtransfer/loopback_transport.h"
 #include "services/common/clock.h"
 #include "services/common/failpoints.h"
+#include "services/common/one_engine_tokens.h"
 #include "services/decode/decode_worker.h"
 #include "services/expert/expert_worker.h"
 #include "services/prefill/prefill_worker.h"
@@ -156,15 +157,6 @@ v1::GenerationSpec MakeSpec(uint32_t max_tokens) {
   return spec;
 }
 
-std::string Describe(const std::vector<v1::Token>& tokens) {
-  std::string text;
-  for (const v1::Token& token : tokens) {
-    absl::StrAppend(&text, token.index(), ":", token.id(), ":", absl::Hex(std::bit_cast<uint32_t>(token.logprob())),
-                    " ");
-  }
-  return text;
-}
-
 std::string Reference(const std::vector<int32_t>& prompt, const v1::GenerationSpec& spec) {
   static Engine* const engine = [] {
     EngineOptions options;
@@ -173,20 +165,7 @@ std::string Reference(const std::vector<int32_t>& prompt, const v1::GenerationSp
     CHECK(made.ok(), std::string(made.status().message()));
     return made->release();
   }();
-  const auto sequence = engine->NewSequence(CacheTokens(static_cast<int64_t>(prompt.size()), spec));
-  CHECK(sequence.ok(), std::string(sequence.status().message()));
-  TokenDraw draw(spec, prompt);
-  std::vector<int32_t> next = prompt;
-  std::vector<v1::Token> tokens;
-  for (bool more = true; more;) {
-    Chunk chunk{*sequence, next, {}, &draw.Request()};
-    const auto outputs = engine->Forward({&chunk, 1});
-    CHECK(outputs.ok(), std::string(outputs.status().message()));
-    more = draw.Accept((*outputs)[0].sampled, tokens.emplace_back()) == v1::FINISH_REASON_UNSPECIFIED;
-    next = {draw.last_id()};
-  }
-  engine->Release(*sequence);
-  return Describe(tokens);
+  return DescribeTokens(OneEngineTokens(*engine, prompt, spec));
 }
 
 struct Answer {
@@ -354,7 +333,7 @@ TEST_F(Workers, ARequestOverTheWireGivesTheBitsOfOneProcess) {
       const Answer answer = cluster.Run(absl::StrCat("r", length), prompt, MakeSpec(8));
       EXPECT_TRUE(answer.prefill.ok()) << answer.prefill.error_message();
       EXPECT_TRUE(answer.decode.ok()) << answer.decode.error_message();
-      EXPECT_EQ(Describe(answer.tokens), Reference(prompt, MakeSpec(8))) << expert_transport << " " << length;
+      EXPECT_EQ(DescribeTokens(answer.tokens), Reference(prompt, MakeSpec(8))) << expert_transport << " " << length;
     }
     EXPECT_TRUE(cluster.BecomesClean());
   }
@@ -461,7 +440,7 @@ TEST_F(Workers, ALostExpertWorkerEndsItsRequestsByNameAndItsReplacementIsUsed) {
     cluster.StartExpert(1);
     ASSERT_TRUE(cluster.BecomesReady());
     const Answer again = cluster.Run("lucky", MakePrompt(50), MakeSpec(10));
-    EXPECT_EQ(Describe(again.tokens), Reference(MakePrompt(50), MakeSpec(10))) << again.decode.error_message();
+    EXPECT_EQ(DescribeTokens(again.tokens), Reference(MakePrompt(50), MakeSpec(10))) << again.decode.error_message();
     EXPECT_TRUE(cluster.BecomesClean());
   }
 }
