@@ -35,23 +35,9 @@ void CpuOps::SimulateKv(float* entry) const {
 
 void CpuOps::SimulateIndex(float* x) const {
   if (!rounding_.index_fp4) return;
-  constexpr int kDim = 128;
-  for (int half = 1; half < kDim; half *= 2) {  // natural-order Hadamard
-    for (int i = 0; i < kDim; i += 2 * half) {
-      for (int j = i; j < i + half; ++j) {
-        const float a = x[j], b = x[j + half];
-        x[j] = a + b;
-        x[j + half] = a - b;
-      }
-    }
-  }
-  const float norm = std::sqrt(static_cast<float>(kDim));
-  for (int i = 0; i < kDim; ++i) x[i] = RoundBf16(x[i] / norm);  // the quotient: near-ties decide FP4 codes
-  for (int i = 0; i < kDim; i += 32) {
-    const int exponent = Fp4GroupExponent(x + i);
-    const float inverse = PowerOfTwo(-exponent), scale = PowerOfTwo(exponent);
-    for (int j = i; j < i + 32; ++j) x[j] = DecodeE2m1(EncodeE2m1(x[j] * inverse)) * scale;
-  }
+  IndexRow row;
+  QuantiseIndex(x, row);
+  for (int i = 0; i < kIndexDim; ++i) x[i] = 0.5f * static_cast<float>(row.twice[i]) * row.scales[i / 32];
 }
 
 void CpuOps::StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) const {

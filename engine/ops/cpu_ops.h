@@ -9,6 +9,7 @@
 
 #include "engine/model/config.h"
 #include "engine/numerics.h"
+#include "engine/ops/index_score_cpu.h"
 #include "engine/ops/ops.h"
 
 namespace millrace {
@@ -65,6 +66,10 @@ class CpuOps : public Ops {
   void StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const;
   void LoadIndexKey(const uint8_t* body, const uint8_t* scales, float* key) const;
   void LoadCompressed(const SequenceRows& s, int layer, int64_t entry, float* out) const;
+  void ScoreCodes(const SequenceRows& s, int layer, int64_t r0, int64_t rows, int64_t n_max, int heads, float* scores,
+                  int64_t ld);
+  void ScoreFloats(const SequenceRows& s, int layer, const float* q, int64_t r0, int64_t rows, int64_t n_max, int heads,
+                   float* scores, int64_t ld);
   void StreamScales(const float* streams, const HyperConnectionWeights& w, int64_t rows);
 
   const ModelConfig& config_;
@@ -74,6 +79,10 @@ class CpuOps : public Ops {
   std::vector<float> codes_, scales_;  // quantised activations of Linear
   std::vector<float> mixes_;           // [T, (2 + hc) hc] of the mHC product
   std::vector<float> gate_logits_;
+  // Indexer: queries as codes, weights, and the keys of one block.
+  std::vector<IndexRow> index_queries_;
+  std::vector<float> index_weights_, index_row_scores_, index_keys_;
+  std::vector<IndexKeyTile> index_tiles_;
 };
 
 }  // namespace millrace

@@ -3,12 +3,13 @@
 //
 // One row streams the panel and widens weights in registers; more rows widen a strip of 16 lanes once into L1 and
 // run over it. Both do the same fused multiply-adds in the same order for each output, so a row's bits do not depend on
-// how many rows there are. FP8 and FP4 codes are widened through FP16 by a shift, which leaves out a power of two
-// (2^8 and 2^14) that the block's scale puts back exactly.
+// how many rows there are. FP8 and FP4 codes are widened the cheapest way there is, which leaves out a power of two
+// that the block's scale puts back exactly.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "engine/ops/matmul_cpu.cc"
 #include <hwy/foreach_target.h>
 // Highway's per-target sections follow.
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include <algorithm>
@@ -27,41 +28,62 @@ constexpr int kStrip = 16;                      // lanes widened at a time
 constexpr int kStripVectors = kStrip / kLanes;  // 1, 2 or 4
 constexpr int kRowTile = 6;
 
-// Widens kLanes weights of input `i`, lanes `lane` and up. `width` is the panel's.
-template <WeightKind kKind>
-HWY_INLINE V Widen(const uint8_t* HWY_RESTRICT panel, int width, int64_t i, int lane) {
-  const D d;
-  if constexpr (kKind == WeightKind::kF32) {
-    return hn::LoadU(d, reinterpret_cast<const float*>(panel) + i * width + lane);
-  } else if constexpr (kKind == WeightKind::kBf16) {
-    const hn::Rebind<uint16_t, D> d16;
-    const hn::Rebind<uint32_t, D> d32;
-    const auto raw = hn::LoadU(d16, reinterpret_cast<const uint16_t*>(panel) + i * width + lane);
-    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, raw)));
-  } else {
-    const hn::Rebind<uint8_t, D> d8;
-    const hn::Rebind<uint16_t, D> d16;
-    const hn::Rebind<hwy::float16_t, D> df16;
-    if constexpr (kKind == WeightKind::kFp8) {
-      const auto raw = hn::PromoteTo(d16, hn::LoadU(d8, panel + i * width + lane));
-      const auto sign = hn::ShiftLeft<8>(hn::And(raw, hn::Set(d16, 0x80)));
-      const auto rest = hn::ShiftLeft<7>(hn::And(raw, hn::Set(d16, 0x7f)));
-      return hn::PromoteTo(d, hn::BitCast(df16, hn::Or(sign, rest)));
-    } else {
-      auto raw = hn::PromoteTo(d16, hn::LoadU(d8, panel + i * 32 + lane % 32));
-      if (lane >= 32) raw = hn::ShiftRight<4>(raw);
-      const auto sign = hn::ShiftLeft<12>(hn::And(raw, hn::Set(d16, 8)));
-      const auto rest = hn::ShiftLeft<9>(hn::And(raw, hn::Set(d16, 7)));
-      return hn::PromoteTo(d, hn::BitCast(df16, hn::Or(sign, rest)));
-    }
-  }
-}
-
 template <WeightKind kKind>
 struct Block {
   static constexpr int kK = kKind == WeightKind::kFp8 ? 128 : 32;
-  static constexpr float kWidened = kKind == WeightKind::kFp8 ? 256.0f : kKind == WeightKind::kFp4 ? 16384.0f : 1.0f;
+  // What Widen and kInput leave out.
+  static constexpr float kWidened = kKind == WeightKind::kFp8 ? 0x1p60f : kKind == WeightKind::kFp4 ? 0.5f : 1.0f;
+  // What an input is multiplied by before it meets a widened weight.
+  static constexpr float kInput = kKind == WeightKind::kFp8 ? 0x1p60f : 1.0f;
+  static constexpr int kBits = kKind == WeightKind::kF32    ? 32
+                               : kKind == WeightKind::kBf16 ? 16
+                               : kKind == WeightKind::kFp8  ? 8
+                                                            : 4;
 };
+
+// Twice the value of the 64 FP4 codes of one input, outputs in order.
+HWY_INLINE void ExpandFp4(const uint8_t* HWY_RESTRICT pairs, int8_t* HWY_RESTRICT twice) {
+  alignas(16) static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+#if HWY_TARGET == HWY_SCALAR
+  for (int i = 0; i < 32; ++i) {
+    twice[i] = kTwice[pairs[i] & 15];
+    twice[32 + i] = kTwice[pairs[i] >> 4];
+  }
+#else
+  const hn::FixedTag<uint8_t, 16> d8;
+  const hn::FixedTag<int8_t, 16> di8;
+  const hn::RepartitionToWide<decltype(d8)> d16;
+  const auto table = hn::Load(di8, kTwice);
+  const auto nibble = hn::Set(d8, 15);
+  for (int i = 0; i < 32; i += 16) {
+    const auto pair = hn::LoadU(d8, pairs + i);
+    const auto high = hn::And(hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, pair))), nibble);
+    hn::StoreU(hn::TableLookupBytes(table, hn::BitCast(di8, hn::And(pair, nibble))), di8, twice + i);
+    hn::StoreU(hn::TableLookupBytes(table, hn::BitCast(di8, high)), di8, twice + 32 + i);
+  }
+#endif
+}
+
+// Widens kLanes weights at `at` (for FP4, of expanded codes). E4M3 becomes the F32 whose exponent field is the code's
+// own: 2^120 too small, the code's subnormals being exact subnormals of F32.
+template <WeightKind kKind>
+HWY_INLINE V Widen(const void* at) {
+  const D d;
+  const hn::Rebind<int32_t, D> di;
+  const hn::Rebind<int8_t, D> d8;
+  if constexpr (kKind == WeightKind::kF32) {
+    return hn::LoadU(d, static_cast<const float*>(at));
+  } else if constexpr (kKind == WeightKind::kBf16) {
+    const hn::Rebind<uint16_t, D> d16;
+    const hn::Rebind<uint32_t, D> d32;
+    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, hn::LoadU(d16, static_cast<const uint16_t*>(at)))));
+  } else if constexpr (kKind == WeightKind::kFp8) {
+    const auto raw = hn::PromoteTo(di, hn::LoadU(d8, static_cast<const int8_t*>(at)));
+    return hn::BitCast(d, hn::And(hn::ShiftLeft<20>(raw), hn::Set(di, static_cast<int32_t>(0x87f00000u))));
+  } else {
+    return hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d8, static_cast<const int8_t*>(at))));
+  }
+}
 
 // What a block's sum is multiplied by, for the lanes at `lane`.
 template <WeightKind kKind>
@@ -86,6 +108,8 @@ HWY_INLINE void RowTimesPanel(const PackedLinear& w, int64_t panel, const Activa
   const uint8_t* HWY_RESTRICT data = w.panel_data(panel);
   const float* HWY_RESTRICT scales = w.panel_scales(panel);
   const int width = w.panel_width(panel);
+  const int64_t row_bytes = static_cast<int64_t>(width) * Block<kKind>::kBits / 8;
+  constexpr int64_t kAhead = 2048;
   V total[kVectors];
   for (int v = 0; v < kVectors; ++v) total[v] = hn::Zero(d);
   for (int64_t k0 = 0; k0 < w.k(); k0 += Block<kKind>::kK) {
@@ -93,9 +117,17 @@ HWY_INLINE void RowTimesPanel(const PackedLinear& w, int64_t panel, const Activa
     V sum[kVectors];
     for (int v = 0; v < kVectors; ++v) sum[v] = hn::Zero(d);
     for (int64_t i = k0; i < k1; ++i) {
-      const V value = hn::Set(d, x.values[i]);
+      const V value = hn::Set(d, x.values[i] * Block<kKind>::kInput);
+      const uint8_t* HWY_RESTRICT at = data + i * row_bytes;
+      // Weights are read once and from far away: the hardware's own prefetch stops at every page.
+      for (int64_t line = 0; line < row_bytes; line += 64) hwy::Prefetch(at + kAhead + line);
+      HWY_ALIGN int8_t twice[PackedLinear::kPanel];
+      if constexpr (kKind == WeightKind::kFp4) ExpandFp4(at, twice);
       for (int v = 0; v < kVectors; ++v) {
-        sum[v] = hn::MulAdd(value, Widen<kKind>(data, width, i, first_lane + v * kLanes), sum[v]);
+        const int lane = first_lane + v * kLanes;
+        const void* weights = at + lane * Block<kKind>::kBits / 8;
+        if constexpr (kKind == WeightKind::kFp4) weights = twice + lane;
+        sum[v] = hn::MulAdd(value, Widen<kKind>(weights), sum[v]);
       }
     }
     const float activation_scale = ActivationScale(x, 0, k0);
@@ -155,12 +187,20 @@ void ManyRows(const PackedLinear& w, int64_t panel, const ActivationRows& x, int
   const uint8_t* data = w.panel_data(panel);
   const float* scales = w.panel_scales(panel);
   const int width = w.panel_width(panel);
-  for (int lane = 0; lane < width; lane += kStrip) {
-    for (int64_t k0 = 0; k0 < w.k(); k0 += Block<kKind>::kK) {
-      const int64_t len = std::min<int64_t>(w.k() - k0, Block<kKind>::kK);
+  const V input = hn::Set(d, Block<kKind>::kInput);
+  const int64_t row_bytes = static_cast<int64_t>(width) * Block<kKind>::kBits / 8;
+  for (int64_t k0 = 0; k0 < w.k(); k0 += Block<kKind>::kK) {
+    const int64_t len = std::min<int64_t>(w.k() - k0, Block<kKind>::kK);
+    HWY_ALIGN int8_t twice[kKind == WeightKind::kFp4 ? Block<kKind>::kK * PackedLinear::kPanel : 1];
+    if constexpr (kKind == WeightKind::kFp4) {
+      for (int64_t i = 0; i < len; ++i) ExpandFp4(data + (k0 + i) * row_bytes, twice + i * PackedLinear::kPanel);
+    }
+    for (int lane = 0; lane < width; lane += kStrip) {
       for (int64_t i = 0; i < len; ++i) {
         for (int v = 0; v < kStripVectors; ++v) {
-          hn::Store(Widen<kKind>(data, width, k0 + i, lane + v * kLanes), d, strip + i * kStrip + v * kLanes);
+          const void* weights = data + (k0 + i) * row_bytes + (lane + v * kLanes) * Block<kKind>::kBits / 8;
+          if constexpr (kKind == WeightKind::kFp4) weights = twice + i * PackedLinear::kPanel + lane + v * kLanes;
+          hn::Store(hn::Mul(Widen<kKind>(weights), input), d, strip + i * kStrip + v * kLanes);
         }
       }
       int64_t row = 0;

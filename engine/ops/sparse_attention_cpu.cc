@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lightning indexer and attention core on the CPU.
+// The attention core on the CPU.
 //
 // One query row at a time: the window first (two tiles of 64 slots, oldest to newest, slots before the sequence
 // masked), then the entries in tiles of 64; a softmax inside each segment of 18 tiles, segments merged in ascending
@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "engine/ops/cpu_ops.h"
 #include "engine/ops/rounding.h"
@@ -37,7 +36,6 @@ class SegmentedAttention {
     tiles_ = 0;
     logits_.resize(static_cast<int64_t>(heads) * kSegment);
     keys_.resize(kSegment);
-    ones_.assign(heads, 1.0f);
     max_.assign(heads, kNegInf);
     sum_.assign(heads, 0.0f);
     out_.assign(heads * dim, 0.0f);
@@ -50,10 +48,9 @@ class SegmentedAttention {
       CloseSegment();
       tiles_ = 1;
     }
-    for (int j = 0; j < n; ++j, ++n_) {
-      keys_[n_] = keys[j];
-      vec::DotHeads(q_, heads_, keys[j], dim_, scale_, logits_.data() + n_, kSegment);
-    }
+    vec::DotHeads(q_, heads_, keys, n, dim_, scale_, logits_.data() + n_, kSegment);
+    std::copy_n(keys, n, keys_.data() + n_);
+    n_ += n;
   }
 
   void Finish(const float* sink, float* out) {
@@ -75,7 +72,7 @@ class SegmentedAttention {
       sum[h] = vec::ExpTile(l, n_, max[h], l);
       if (round_p_) vec::RoundBf16(l, n_);
     }
-    vec::AccumulateValues(logits_.data(), kSegment, heads_, keys_.data(), n_, ones_.data(), dim_, segment_.data());
+    vec::AccumulateValues(logits_.data(), kSegment, heads_, keys_.data(), n_, dim_, segment_.data());
     for (int h = 0; h < heads_; ++h) {
       const float new_max = std::max(max_[h], max[h]);
       const float a = std::exp(max_[h] - new_max), b = std::exp(max[h] - new_max);
@@ -94,91 +91,10 @@ class SegmentedAttention {
   int n_ = 0, tiles_ = 0;
   std::vector<float> logits_;       // [heads, kSegment], probabilities once closed
   std::vector<const float*> keys_;  // [kSegment]
-  std::vector<float> ones_;
   std::vector<float> max_, sum_, out_, segment_;
 };
 
-// Keeps the indices of the k best scores, ties to the lower index, ascending.
-void TopK(const float* scores, int64_t n, int k, std::vector<int32_t>& scratch, std::vector<int32_t>& out) {
-  scratch.resize(n);
-  std::iota(scratch.begin(), scratch.end(), 0);
-  if (n > k) {
-    std::nth_element(scratch.begin(), scratch.begin() + k, scratch.end(),
-                     [scores](int32_t a, int32_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
-    scratch.resize(k);
-    std::sort(scratch.begin(), scratch.end());
-  }
-  out.insert(out.end(), scratch.begin(), scratch.end());
-}
-
 }  // namespace
-
-void CpuOps::IndexSelect(int layer, const Pass& pass, float* q, const float* weights, int heads, int topk,
-                         RopeRows rope, Selection& selection) {
-  const int64_t dim = config_.index_head_dim;
-  selection.entries.clear();
-  selection.offset.assign(1, 0);
-  selection.all = true;
-  for (const SequenceRows& s : pass.sequences) selection.all &= (s.start + s.count) / 4 <= topk;
-  if (selection.all) return;
-
-  pool_.For(pass.num_rows, [&](int64_t r) {
-    for (int h = 0; h < heads; ++h) {
-      float* head = q + (r * heads + h) * dim;
-      RotateRow(head, dim, rope.cos + r * 32, rope.sin + r * 32, 1);
-      SimulateIndex(head);
-    }
-  });
-  const float scale =
-      static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)) / std::sqrt(static_cast<double>(heads)));
-  std::vector<float> scaled(pass.num_rows * heads);
-  for (size_t i = 0; i < scaled.size(); ++i) {
-    scaled[i] = weights[i] * scale;
-    if (rounding_.index_score) scaled[i] = RoundBf16(scaled[i]);
-  }
-
-  const PageLayerLayout& l = layout_.page_layers[layer];
-  std::vector<float> scores, keys;
-  std::vector<std::vector<int32_t>> chosen(pass.num_rows);
-  for (const SequenceRows& s : pass.sequences) {
-    // A tile of rows against blocks of keys: bounds the score matrix and widens each key once per tile.
-    const int64_t visible = (s.start + s.count) / 4;
-    const int64_t tile_rows = std::clamp<int64_t>((int64_t{4} << 20) / std::max<int64_t>(visible, 1), 1, s.count);
-    constexpr int64_t kBlock = 512;
-    for (int64_t r0 = 0; r0 < s.count; r0 += tile_rows) {
-      const int64_t rows = std::min(tile_rows, s.count - r0);
-      const int64_t n_max = (s.start + r0 + rows) / 4;
-      scores.resize(rows * n_max);
-      keys.resize(kBlock * dim);
-      for (int64_t e0 = 0; e0 < n_max; e0 += kBlock) {
-        const int64_t n = std::min(kBlock, n_max - e0);
-        for (int64_t e = 0; e < n; ++e) {
-          const uint8_t* page = (*s.pages)[(e0 + e) / l.entries];
-          const int64_t i = (e0 + e) % l.entries;
-          LoadIndexKey(page + l.index_bodies + i * layout_.index_key.body_bytes,
-                       page + l.index_scales + i * layout_.index_key.scale_bytes, keys.data() + e * dim);
-        }
-        pool_.For(rows, [&](int64_t r) {
-          const int64_t row = s.row + r0 + r;
-          const int64_t limit = std::min((s.start + r0 + r + 1) / 4, e0 + n);
-          for (int64_t e = e0; e < limit; ++e) {
-            const float score = vec::IndexScore(q + row * heads * dim, scaled.data() + row * heads, heads,
-                                                keys.data() + (e - e0) * dim);
-            scores[r * n_max + e] = rounding_.index_score ? RoundBf16(score) : score;
-          }
-        });
-      }
-      pool_.For(rows, [&](int64_t r) {
-        std::vector<int32_t> scratch;
-        TopK(scores.data() + r * n_max, (s.start + r0 + r + 1) / 4, topk, scratch, chosen[s.row + r0 + r]);
-      });
-    }
-  }
-  for (const std::vector<int32_t>& row : chosen) {
-    selection.entries.insert(selection.entries.end(), row.begin(), row.end());
-    selection.offset.push_back(static_cast<int64_t>(selection.entries.size()));
-  }
-}
 
 void CpuOps::SparseAttention(int layer, const Pass& pass, const float* q, int heads, const float* sink,
                              const WindowKeys& window, const Selection& selection, RopeRows rope, float* out) {

@@ -97,26 +97,42 @@ void ScaleWeightedV(const float* x, float scale, const float* w, int64_t n, bool
   });
 }
 
-template <int kHeads>
-HWY_INLINE void DotSome(const float* HWY_RESTRICT q, const float* HWY_RESTRICT key, int64_t n, float scale,
+// kHeads queries against kKeys keys: one partial vector each, enough of them in flight to hide a multiply-add's
+// latency.
+template <int kHeads, int kKeys>
+HWY_INLINE void DotSome(const float* HWY_RESTRICT q, const float* const* keys, int64_t n, float scale,
                         float* HWY_RESTRICT logits, int64_t ld) {
   const D d;
-  V s[kHeads][2];
-  for (int h = 0; h < kHeads; ++h) s[h][0] = s[h][1] = hn::Zero(d);
-  for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    const V k0 = hn::LoadU(d, key + i), k1 = hn::LoadU(d, key + i + kLanes);
+  V s[kHeads][kKeys];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int j = 0; j < kKeys; ++j) s[h][j] = hn::Zero(d);
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    V key[kKeys];
+    for (int j = 0; j < kKeys; ++j) key[j] = hn::LoadU(d, keys[j] + i);
     for (int h = 0; h < kHeads; ++h) {
-      s[h][0] = hn::MulAdd(hn::LoadU(d, q + h * n + i), k0, s[h][0]);
-      s[h][1] = hn::MulAdd(hn::LoadU(d, q + h * n + i + kLanes), k1, s[h][1]);
+      const V query = hn::LoadU(d, q + h * n + i);
+      for (int j = 0; j < kKeys; ++j) s[h][j] = hn::MulAdd(query, key[j], s[h][j]);
     }
   }
-  for (int h = 0; h < kHeads; ++h) logits[h * ld] = scale * hn::GetLane(hn::SumOfLanes(d, hn::Add(s[h][0], s[h][1])));
+  for (int h = 0; h < kHeads; ++h) {
+    for (int j = 0; j < kKeys; ++j) logits[h * ld + j] = scale * hn::GetLane(hn::SumOfLanes(d, s[h][j]));
+  }
 }
 
-void DotHeadsV(const float* q, int heads, const float* key, int64_t n, float scale, float* logits, int64_t ld) {
+template <int kKeys>
+HWY_INLINE void DotKeys(const float* q, int heads, const float* const* keys, int64_t n, float scale, float* logits,
+                        int64_t ld) {
   int h = 0;
-  for (; h + 4 <= heads; h += 4) DotSome<4>(q + h * n, key, n, scale, logits + h * ld, ld);
-  for (; h < heads; ++h) DotSome<1>(q + h * n, key, n, scale, logits + h * ld, ld);
+  for (; h + 4 <= heads; h += 4) DotSome<4, kKeys>(q + h * n, keys, n, scale, logits + h * ld, ld);
+  for (; h < heads; ++h) DotSome<1, kKeys>(q + h * n, keys, n, scale, logits + h * ld, ld);
+}
+
+void DotHeadsV(const float* q, int heads, const float* const* keys, int num_keys, int64_t n, float scale, float* logits,
+               int64_t ld) {
+  int j = 0;
+  for (; j + 2 <= num_keys; j += 2) DotKeys<2>(q, heads, keys + j, n, scale, logits + j, ld);
+  for (; j < num_keys; ++j) DotKeys<1>(q, heads, keys + j, n, scale, logits + j, ld);
 }
 
 float ExpTileV(const float* logits, int n, float max, float* p) {
@@ -132,19 +148,18 @@ float ExpTileV(const float* logits, int n, float max, float* p) {
   return sum;
 }
 
-template <int kHeads>
-HWY_INLINE void AccumulateSome(const float* HWY_RESTRICT p, int64_t ld_p, const float* const* keys, int num_keys,
-                               const float* correction, int64_t dim, float* HWY_RESTRICT o) {
+// Adds kKeys keys, in order, to kHeads sums that stay in memory: keys are read once, from start to end.
+template <int kHeads, int kKeys>
+HWY_INLINE void AccumulateSome(const float* HWY_RESTRICT p, int64_t ld_p, const float* const* keys, int64_t dim,
+                               float* HWY_RESTRICT o) {
   const D d;
-  constexpr int kWidth = 4;
+  constexpr int kWidth = 2;
   for (int64_t i = 0; i < dim; i += kWidth * kLanes) {
     V s[kHeads][kWidth];
     for (int h = 0; h < kHeads; ++h) {
-      for (int v = 0; v < kWidth; ++v) {
-        s[h][v] = hn::Mul(hn::LoadU(d, o + h * dim + i + v * kLanes), hn::Set(d, correction[h]));
-      }
+      for (int v = 0; v < kWidth; ++v) s[h][v] = hn::LoadU(d, o + h * dim + i + v * kLanes);
     }
-    for (int j = 0; j < num_keys; ++j) {
+    for (int j = 0; j < kKeys; ++j) {
       V k[kWidth];
       for (int v = 0; v < kWidth; ++v) k[v] = hn::LoadU(d, keys[j] + i + v * kLanes);
       for (int h = 0; h < kHeads; ++h) {
@@ -158,13 +173,19 @@ HWY_INLINE void AccumulateSome(const float* HWY_RESTRICT p, int64_t ld_p, const 
   }
 }
 
-void AccumulateValuesV(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys,
-                       const float* correction, int64_t dim, float* o) {
+template <int kHeads>
+HWY_INLINE void AccumulateHeads(const float* p, int64_t ld_p, const float* const* keys, int num_keys, int64_t dim,
+                                float* o) {
+  int j = 0;
+  for (; j + 8 <= num_keys; j += 8) AccumulateSome<kHeads, 8>(p + j, ld_p, keys + j, dim, o);
+  for (; j < num_keys; ++j) AccumulateSome<kHeads, 1>(p + j, ld_p, keys + j, dim, o);
+}
+
+void AccumulateValuesV(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys, int64_t dim,
+                       float* o) {
   int h = 0;
-  for (; h + 2 <= heads; h += 2) {
-    AccumulateSome<2>(p + h * ld_p, ld_p, keys, num_keys, correction + h, dim, o + h * dim);
-  }
-  for (; h < heads; ++h) AccumulateSome<1>(p + h * ld_p, ld_p, keys, num_keys, correction + h, dim, o + h * dim);
+  for (; h + 4 <= heads; h += 4) AccumulateHeads<4>(p + h * ld_p, ld_p, keys, num_keys, dim, o + h * dim);
+  for (; h < heads; ++h) AccumulateHeads<1>(p + h * ld_p, ld_p, keys, num_keys, dim, o + h * dim);
 }
 
 void MixStreamsV(const float* streams, const float* pre, int hc, int64_t dim, bool round, float* y) {
@@ -198,15 +219,14 @@ void AddV(const float* x, int64_t n, float* y) {
 
 void WidenE4m3V(const uint8_t* codes, int64_t n, float scale, float* out) {
   const D d;
-  const hn::Rebind<uint8_t, D> d8;
-  const hn::Rebind<uint16_t, D> d16;
-  const hn::Rebind<hwy::float16_t, D> df16;
-  const V factor = hn::Set(d, scale * 256.0f);  // FP16 read of the shifted code is 2^8 too small
+  const hn::Rebind<int32_t, D> di;
+  const hn::Rebind<int8_t, D> d8;
+  // The code's exponent field becomes F32's own, 2^120 too small; put back in two steps, since the scale may be large.
+  const V back = hn::Set(d, 0x1p120f), factor = hn::Set(d, scale);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const auto raw = hn::PromoteTo(d16, hn::LoadU(d8, codes + i));
-    const auto sign = hn::ShiftLeft<8>(hn::And(raw, hn::Set(d16, 0x80)));
-    const auto rest = hn::ShiftLeft<7>(hn::And(raw, hn::Set(d16, 0x7f)));
-    hn::StoreU(hn::Mul(hn::PromoteTo(d, hn::BitCast(df16, hn::Or(sign, rest))), factor), d, out + i);
+    const auto raw = hn::PromoteTo(di, hn::LoadU(d8, reinterpret_cast<const int8_t*>(codes) + i));
+    const auto bits = hn::And(hn::ShiftLeft<20>(raw), hn::Set(di, static_cast<int32_t>(0x87f00000u)));
+    hn::StoreU(hn::Mul(hn::Mul(hn::BitCast(d, bits), back), factor), d, out + i);
   }
 }
 
@@ -316,7 +336,7 @@ std::string TargetName() {
 }
 
 // Raised whenever a change of the CPU kernels changes bits.
-constexpr int kCpuKernelRevision = 1;
+constexpr int kCpuKernelRevision = 2;
 
 std::string KernelSet() { return absl::StrCat("cpu/", TargetName(), "/", kCpuKernelRevision); }
 
@@ -326,15 +346,16 @@ void RoundBf16(float* y, int64_t n) { HWY_DYNAMIC_DISPATCH(RoundBf16V)(y, n); }
 void ScaleWeighted(const float* x, float scale, const float* w, int64_t n, bool round, float* out) {
   HWY_DYNAMIC_DISPATCH(ScaleWeightedV)(x, scale, w, n, round, out);
 }
-void DotHeads(const float* q, int heads, const float* key, int64_t n, float scale, float* logits, int64_t ld_logits) {
-  HWY_DYNAMIC_DISPATCH(DotHeadsV)(q, heads, key, n, scale, logits, ld_logits);
+void DotHeads(const float* q, int heads, const float* const* keys, int num_keys, int64_t n, float scale, float* logits,
+              int64_t ld_logits) {
+  HWY_DYNAMIC_DISPATCH(DotHeadsV)(q, heads, keys, num_keys, n, scale, logits, ld_logits);
 }
 float ExpTile(const float* logits, int n, float max, float* p) {
   return HWY_DYNAMIC_DISPATCH(ExpTileV)(logits, n, max, p);
 }
-void AccumulateValues(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys,
-                      const float* correction, int64_t dim, float* o) {
-  HWY_DYNAMIC_DISPATCH(AccumulateValuesV)(p, ld_p, heads, keys, num_keys, correction, dim, o);
+void AccumulateValues(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys, int64_t dim,
+                      float* o) {
+  HWY_DYNAMIC_DISPATCH(AccumulateValuesV)(p, ld_p, heads, keys, num_keys, dim, o);
 }
 void MixStreams(const float* streams, const float* pre, int hc, int64_t dim, bool round, float* y) {
   HWY_DYNAMIC_DISPATCH(MixStreamsV)(streams, pre, hc, dim, round, y);

@@ -10,7 +10,7 @@ namespace millrace::vec {
 
 // Name of the instruction set in use, e.g. "avx2".
 std::string TargetName();
-// "cpu/avx2/1": target and revision of the CPU kernels, the part of a compatibility hash that says which bits come out.
+// "cpu/avx2/2": target and revision of the CPU kernels, the part of a compatibility hash that says which bits come out.
 std::string KernelSet();
 
 float SumSquares(const float* x, int64_t n);
@@ -21,15 +21,16 @@ void RoundBf16(float* y, int64_t n);
 // out = x * scale * w (w null: 1), rounded to BF16 if `round`; may alias.
 void ScaleWeighted(const float* x, float scale, const float* w, int64_t n, bool round, float* out);
 
-// logits[h * ld_logits] = scale * (q_h · key) for `heads` queries q [heads, n]; n a multiple of 64.
-void DotHeads(const float* q, int heads, const float* key, int64_t n, float scale, float* logits, int64_t ld_logits);
+// logits[h * ld_logits + j] = scale * (q_h · keys[j]) for `heads` queries q [heads, n]; n a multiple of 16.
+void DotHeads(const float* q, int heads, const float* const* keys, int num_keys, int64_t n, float scale, float* logits,
+              int64_t ld_logits);
 
 // One softmax tile: p[j] = exp(logits[j] - max), returns their sum in ascending order; masked lanes (-inf) give 0.
 float ExpTile(const float* logits, int n, float max, float* p);
 
-// o[h] = o[h] * correction[h] + sum_j p[h * ld_p + j] * keys[j], j ascending; o [heads, dim], dim a multiple of 64.
-void AccumulateValues(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys,
-                      const float* correction, int64_t dim, float* o);
+// o[h] += sum_j p[h * ld_p + j] * keys[j], j ascending; o [heads, dim], dim a multiple of 32.
+void AccumulateValues(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys, int64_t dim,
+                      float* o);
 
 // streams [hc, dim] -> y [dim] = sum_j pre[j] * streams[j], rounded to BF16 if `round`.
 void MixStreams(const float* streams, const float* pre, int hc, int64_t dim, bool round, float* y);
@@ -55,7 +56,8 @@ void SwiGluRow(const float* g, const float* p, float weight, float limit, int64_
 // One step of an online softmax per channel: max, sum and weighted sum take in (score, kv).
 void OnlineSoftmaxStep(const float* score, const float* kv, int64_t n, float* max, float* sum, float* weighted);
 
-// Softmax over `rows` (<= 8) rows per channel: out[c] = sum_r exp(score_r[c] - max) kv_r[c] / sum_r exp(score_r[c] - max).
+// Softmax over `rows` (<= 8) rows per channel: out[c] = sum_r exp(score_r[c] - max) kv_r[c] / sum_r exp(score_r[c] -
+// max).
 void PoolRows(const float* const* score, const float* const* kv, int rows, int64_t n, float* out);
 
 }  // namespace millrace::vec
