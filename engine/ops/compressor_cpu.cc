@@ -64,9 +64,7 @@ void CpuOps::LoadEntry(const uint8_t* body, const uint8_t* scales, float* entry)
     std::memcpy(entry, body, layout_.entry.body_bytes);
     return;
   }
-  const int plain = config_.head_dim - config_.rope_head_dim;
-  for (int g = 0; g < plain / 64; ++g) vec::WidenE4m3(body + g * 64, 64, DecodeE8m0(scales[g]), entry + g * 64);
-  vec::WidenBf16(reinterpret_cast<const uint16_t*>(body + plain), config_.rope_head_dim, entry + plain);
+  vec::LoadKvEntry(body, scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim, entry);
 }
 
 void CpuOps::StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const {

@@ -24,7 +24,7 @@ void CpuOps::Embed(const HostRows& table, const int32_t* ids, int64_t rows, int 
 
 void CpuOps::Linear(const float* x, int64_t ld, int64_t rows, std::initializer_list<LinearCall> calls) {
   if (rows == 0) return;
-  const ActivationRows plain{x, ld, nullptr, 0};
+  const ActivationRows plain{x, ld, nullptr, 0, /*bf16=*/rounding_ == Rounding::All()};
   ActivationRows quantised;
   for (const LinearCall& call : calls) {
     const PackedLinear& w = *call.weight;
@@ -36,7 +36,7 @@ void CpuOps::Linear(const float* x, int64_t ld, int64_t rows, std::initializer_l
       pool_.For(rows, [&](int64_t r) {
         QuantiseActivations(x + r * ld, w.k(), 128, codes_.data() + r * w.k(), scales_.data() + r * groups);
       });
-      quantised = {codes_.data(), w.k(), scales_.data(), groups};
+      quantised = {codes_.data(), w.k(), scales_.data(), groups, /*bf16=*/true};
     }
     const int64_t out_ld = call.out_ld == 0 ? w.n() : call.out_ld;
     MatMul(w, quantise ? quantised : plain, rows, call.out, out_ld, pool_);

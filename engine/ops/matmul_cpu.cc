@@ -26,7 +26,8 @@ using V = hn::Vec<D>;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
 constexpr int kStrip = 16;                      // lanes widened at a time
 constexpr int kStripVectors = kStrip / kLanes;  // 1, 2 or 4
-constexpr int kRowTile = 6;
+// Sums in flight: enough to hide a multiply-add's latency, few enough to stay in registers.
+constexpr int kRowTile = kStripVectors == 1 ? 12 : 6;
 
 template <WeightKind kKind>
 struct Block {
@@ -179,6 +180,16 @@ HWY_INLINE void RowsTimesStrip(const float* HWY_RESTRICT strip, int64_t k0, int6
   }
 }
 
+// Rows `row` to `m` in tiles of kRows, what is left in smaller ones.
+template <WeightKind kKind, int kRows>
+HWY_INLINE void RowTiles(const float* HWY_RESTRICT strip, int64_t k0, int64_t len, const float* HWY_RESTRICT scales,
+                         int lane, const ActivationRows& x, int64_t row, int64_t m, float* HWY_RESTRICT totals) {
+  for (; row + kRows <= m; row += kRows) {
+    RowsTimesStrip<kKind, kRows>(strip, k0, len, scales, lane, x, row, totals + row * PackedLinear::kPanel);
+  }
+  if constexpr (kRows > 1) RowTiles<kKind, kRows / 2>(strip, k0, len, scales, lane, x, row, m, totals);
+}
+
 // All rows times one panel; totals [m][kPanel] must be zero.
 template <WeightKind kKind>
 void ManyRows(const PackedLinear& w, int64_t panel, const ActivationRows& x, int64_t m, float* HWY_RESTRICT totals) {
@@ -203,30 +214,7 @@ void ManyRows(const PackedLinear& w, int64_t panel, const ActivationRows& x, int
           hn::Store(hn::Mul(Widen<kKind>(weights), input), d, strip + i * kStrip + v * kLanes);
         }
       }
-      int64_t row = 0;
-      for (; row + kRowTile <= m; row += kRowTile) {
-        RowsTimesStrip<kKind, kRowTile>(strip, k0, len, scales, lane, x, row, totals + row * PackedLinear::kPanel);
-      }
-      float* rest = totals + row * PackedLinear::kPanel;
-      switch (m - row) {
-        case 5:
-          RowsTimesStrip<kKind, 5>(strip, k0, len, scales, lane, x, row, rest);
-          break;
-        case 4:
-          RowsTimesStrip<kKind, 4>(strip, k0, len, scales, lane, x, row, rest);
-          break;
-        case 3:
-          RowsTimesStrip<kKind, 3>(strip, k0, len, scales, lane, x, row, rest);
-          break;
-        case 2:
-          RowsTimesStrip<kKind, 2>(strip, k0, len, scales, lane, x, row, rest);
-          break;
-        case 1:
-          RowsTimesStrip<kKind, 1>(strip, k0, len, scales, lane, x, row, rest);
-          break;
-        default:
-          break;
-      }
+      RowTiles<kKind, kRowTile>(strip, k0, len, scales, lane, x, 0, m, totals);
     }
   }
 }
@@ -301,6 +289,7 @@ float AbsMax(const float* x, int64_t n) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+#include "engine/ops/matmul_amx.h"
 #include "engine/ops/rounding.h"
 
 namespace millrace {
@@ -313,6 +302,19 @@ void MatMul(const PackedLinear& w, const ActivationRows& x, int64_t m, float* ou
   // Rows go through in strips that keep the activations in cache; the split changes no sum.
   constexpr int64_t kRowStrip = 96;
   const int64_t panels = w.num_panels(), strips = (m + kRowStrip - 1) / kRowStrip;
+  if (x.bf16 && AmxTakes(w) && AmxAvailable()) {
+    static thread_local std::vector<uint16_t> narrow;
+    narrow.resize(std::max<size_t>(narrow.size(), m * w.k()));
+    NarrowRows(x, m, w.k(), narrow.data());
+    const uint16_t* values = narrow.data();
+    pool.For(panels * strips, [&](int64_t i) {
+      const int64_t panel = i % panels, row = i / panels * kRowStrip;
+      const float* scales = x.scales == nullptr ? nullptr : x.scales + row * x.scales_ld;
+      AmxPanelProduct(w, panel, {values + row * w.k(), scales, x.scales_ld}, std::min(kRowStrip, m - row),
+                      out + row * out_ld, out_ld);
+    });
+    return;
+  }
   pool.For(panels * strips, [&](int64_t i) {
     const int64_t panel = i % panels, row = i / panels * kRowStrip;
     ActivationRows part = x;

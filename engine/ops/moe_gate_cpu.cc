@@ -13,7 +13,7 @@ void CpuOps::Gate(const float* u, const PackedLinear& w, const float* bias, cons
                   int64_t rows, int k, float route_scale, int32_t* experts, float* weights) {
   const int64_t num_experts = w.n();
   gate_logits_.resize(rows * num_experts);
-  MatMul(w, {u, w.k(), nullptr, 0}, rows, gate_logits_.data(), num_experts, pool_);
+  MatMul(w, {u, w.k(), nullptr, 0, /*bf16=*/rounding_ == Rounding::All()}, rows, gate_logits_.data(), num_experts, pool_);
   std::vector<int32_t> order(num_experts);
   std::vector<float> biased(num_experts);
   for (int64_t r = 0; r < rows; ++r) {

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 
+#include "engine/ops/rounding.h"
 #include "engine/ops/vector_cpu.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -217,25 +218,25 @@ void AddV(const float* x, int64_t n, float* y) {
       n, [&](int64_t i, int64_t c) HWY_ATTR { StoreSome(hn::Add(LoadSome(y + i, c), LoadSome(x + i, c)), y + i, c); });
 }
 
-void WidenE4m3V(const uint8_t* codes, int64_t n, float scale, float* out) {
+void LoadKvEntryV(const uint8_t* body, const uint8_t* scales, int64_t plain, int64_t rope, float* out) {
   const D d;
   const hn::Rebind<int32_t, D> di;
   const hn::Rebind<int8_t, D> d8;
-  // The code's exponent field becomes F32's own, 2^120 too small; put back in two steps, since the scale may be large.
-  const V back = hn::Set(d, 0x1p120f), factor = hn::Set(d, scale);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const auto raw = hn::PromoteTo(di, hn::LoadU(d8, reinterpret_cast<const int8_t*>(codes) + i));
-    const auto bits = hn::And(hn::ShiftLeft<20>(raw), hn::Set(di, static_cast<int32_t>(0x87f00000u)));
-    hn::StoreU(hn::Mul(hn::Mul(hn::BitCast(d, bits), back), factor), d, out + i);
-  }
-}
-
-void WidenBf16V(const uint16_t* bits, int64_t n, float* out) {
-  const D d;
   const hn::Rebind<uint16_t, D> d16;
   const hn::Rebind<uint32_t, D> d32;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    hn::StoreU(hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, hn::LoadU(d16, bits + i)))), d, out + i);
+  // The code's exponent field becomes F32's own, 2^120 too small; put back in two steps, since the scale may be large.
+  const V back = hn::Set(d, 0x1p120f);
+  for (int64_t i = 0; i < plain; i += 64) {
+    const V factor = hn::Set(d, DecodeE8m0(scales[i / 64]));
+    for (int64_t j = i; j < i + 64; j += kLanes) {
+      const auto raw = hn::PromoteTo(di, hn::LoadU(d8, reinterpret_cast<const int8_t*>(body) + j));
+      const auto bits = hn::And(hn::ShiftLeft<20>(raw), hn::Set(di, static_cast<int32_t>(0x87f00000u)));
+      hn::StoreU(hn::Mul(hn::Mul(hn::BitCast(d, bits), back), factor), d, out + j);
+    }
+  }
+  const auto* tail = reinterpret_cast<const uint16_t*>(body + plain);
+  for (int64_t i = 0; i < rope; i += kLanes) {
+    hn::StoreU(hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, hn::LoadU(d16, tail + i)))), d, out + plain + i);
   }
 }
 
@@ -310,6 +311,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "engine/ops/matmul_amx.h"
 
 namespace millrace::vec {
 HWY_EXPORT(SumSquaresV);
@@ -322,8 +324,7 @@ HWY_EXPORT(AccumulateValuesV);
 HWY_EXPORT(MixStreamsV);
 HWY_EXPORT(RecombineStreamsV);
 HWY_EXPORT(AddV);
-HWY_EXPORT(WidenE4m3V);
-HWY_EXPORT(WidenBf16V);
+HWY_EXPORT(LoadKvEntryV);
 HWY_EXPORT(IndexScoreV);
 HWY_EXPORT(SwiGluRowV);
 HWY_EXPORT(OnlineSoftmaxStepV);
@@ -338,7 +339,9 @@ std::string TargetName() {
 // Raised whenever a change of the CPU kernels changes bits.
 constexpr int kCpuKernelRevision = 2;
 
-std::string KernelSet() { return absl::StrCat("cpu/", TargetName(), "/", kCpuKernelRevision); }
+std::string KernelSet() {
+  return absl::StrCat("cpu/", TargetName(), AmxAvailable() ? "+amx" : "", "/", kCpuKernelRevision);
+}
 
 float SumSquares(const float* x, int64_t n) { return HWY_DYNAMIC_DISPATCH(SumSquaresV)(x, n); }
 void Scale(const float* x, float scale, int64_t n, float* y) { HWY_DYNAMIC_DISPATCH(ScaleV)(x, scale, n, y); }
@@ -365,10 +368,9 @@ void RecombineStreams(const float* out, const float* post, const float* comb, in
   HWY_DYNAMIC_DISPATCH(RecombineStreamsV)(out, post, comb, hc, dim, round, streams);
 }
 void Add(const float* x, int64_t n, float* y) { HWY_DYNAMIC_DISPATCH(AddV)(x, n, y); }
-void WidenE4m3(const uint8_t* codes, int64_t n, float scale, float* out) {
-  HWY_DYNAMIC_DISPATCH(WidenE4m3V)(codes, n, scale, out);
+void LoadKvEntry(const uint8_t* body, const uint8_t* scales, int64_t plain, int64_t rope, float* out) {
+  HWY_DYNAMIC_DISPATCH(LoadKvEntryV)(body, scales, plain, rope, out);
 }
-void WidenBf16(const uint16_t* bits, int64_t n, float* out) { HWY_DYNAMIC_DISPATCH(WidenBf16V)(bits, n, out); }
 float IndexScore(const float* q, const float* weights, int heads, const float* key) {
   return HWY_DYNAMIC_DISPATCH(IndexScoreV)(q, weights, heads, key);
 }

@@ -10,7 +10,7 @@ namespace millrace::vec {
 
 // Name of the instruction set in use, e.g. "avx2".
 std::string TargetName();
-// "cpu/avx2/2": target and revision of the CPU kernels, the part of a compatibility hash that says which bits come out.
+// "cpu/avx2/2", "cpu/avx3_dl+amx/2": target and revision of the CPU kernels, the part of a compatibility hash that says which bits come out.
 std::string KernelSet();
 
 float SumSquares(const float* x, int64_t n);
@@ -41,10 +41,8 @@ void RecombineStreams(const float* out, const float* post, const float* comb, in
 // y += x
 void Add(const float* x, int64_t n, float* y);
 
-// E4M3 codes times a scale to F32.
-void WidenE4m3(const uint8_t* codes, int64_t n, float scale, float* out);
-// BF16 bits to F32.
-void WidenBf16(const uint16_t* bits, int64_t n, float* out);
+// A stored KV entry to F32: `plain` E4M3 codes with an E8M0 scale per 64 (a multiple of 64), then `rope` BF16 values.
+void LoadKvEntry(const uint8_t* body, const uint8_t* scales, int64_t plain, int64_t rope, float* out);
 
 // Score of one index key for one query: sum over heads (in order) of weight * relu(dot), where dot adds the four
 // groups of 32 in order. q [heads, 128] and key [128].

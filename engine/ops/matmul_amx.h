@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The product of packed_linear.h on Intel's AMX tiles, for inputs that are BF16 values.
+//
+// Weights and inputs go into the tiles as BF16, exactly (E4M3, E2M1 and BF16 all fit), products are summed in FP32. One
+// row and many rows run the same tile instructions over the same blocks of K, so a row's bits do not depend on how many
+// rows there are; they do differ from matmul_cpu.cc's, which is why the kernel-set id names AMX. F32 weights, and K not
+// a multiple of 32, stay with matmul_cpu.cc.
+//
+// Thread: any; tiles are configured and released inside the call.
+#pragma once
+
+#include <cstdint>
+
+#include "engine/ops/packed_linear.h"
+
+namespace millrace {
+
+// Whether this processor has AMX with BF16 and this process may use it. Asks the kernel once.
+bool AmxAvailable();
+
+inline bool AmxTakes(const PackedLinear& w) { return w.kind() != WeightKind::kF32 && w.k() % 32 == 0; }
+
+// Rows of BF16 bits [m, k]; scales as in ActivationRows.
+struct Bf16Rows {
+  const uint16_t* values = nullptr;
+  const float* scales = nullptr;
+  int64_t scales_ld = 0;
+};
+
+// F32 rows to BF16 bits [m, k]. CHECKs that nothing is lost. AmxAvailable() must hold.
+void NarrowRows(const ActivationRows& x, int64_t m, int64_t k, uint16_t* out);
+
+// All m rows times one panel. AmxAvailable() and AmxTakes(w) must hold.
+void AmxPanelProduct(const PackedLinear& w, int64_t panel, const Bf16Rows& x, int64_t m, float* out, int64_t out_ld);
+
+}  // namespace millrace
