@@ -22,20 +22,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-absl::StatusOr<std::string> OnlyModel(const std::string& address) {
-  HttpCall call;
-  call.address = address;
-  call.path = "/v1/models";
-  call.read_timeout = std::chrono::milliseconds(5000);
-  absl::StatusOr<HttpReply> reply = Send(call);
-  if (!reply.ok()) return reply.status();
-  const Json json = Json::parse(reply->body, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object() || !json.contains("data") || json["data"].empty()) {
-    return absl::UnavailableError(absl::StrCat(address, " does not answer /v1/models as a router does"));
-  }
-  return json["data"][0].value("id", "");
-}
-
 Json AssistantMessage(const ChatAnswer& answer) {
   Json message = {{"role", "assistant"}, {"content", answer.content}};
   if (!answer.reasoning.empty()) message["reasoning_content"] = answer.reasoning;

@@ -20,18 +20,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 using Clock = std::chrono::steady_clock;
 
-// The message of an OpenAI error object, or the raw text of whatever came instead.
-std::string ErrorText(const std::string& body) {
-  const Json json = Json::parse(body, nullptr, /*allow_exceptions=*/false);
-  if (json.is_object() && json.contains("error") && json["error"].is_object()) {
-    const Json& error = json["error"];
-    return absl::StrCat(error.value("message", "no message"), " (",
-                        error.contains("code") && error["code"].is_string() ? error["code"].get<std::string>() : "?",
-                        ")");
-  }
-  return body.substr(0, 200);
-}
-
 class Collector {
  public:
   explicit Collector(ChatAnswer& answer) : answer_(answer) {}
@@ -120,6 +108,31 @@ class Collector {
 };
 
 }  // namespace
+
+absl::StatusOr<std::string> OnlyModel(const std::string& address) {
+  HttpCall call;
+  call.address = address;
+  call.path = "/v1/models";
+  call.read_timeout = std::chrono::milliseconds(5000);
+  absl::StatusOr<HttpReply> reply = Send(call);
+  if (!reply.ok()) return reply.status();
+  const Json json = Json::parse(reply->body, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object() || !json.contains("data") || json["data"].empty()) {
+    return absl::UnavailableError(absl::StrCat(address, " does not answer /v1/models as a router does"));
+  }
+  return json["data"][0].value("id", "");
+}
+
+std::string ErrorText(const std::string& body) {
+  const Json json = Json::parse(body, nullptr, /*allow_exceptions=*/false);
+  if (json.is_object() && json.contains("error") && json["error"].is_object()) {
+    const Json& error = json["error"];
+    return absl::StrCat(error.value("message", "no message"), " (",
+                        error.contains("code") && error["code"].is_string() ? error["code"].get<std::string>() : "?",
+                        ")");
+  }
+  return body.substr(0, 200);
+}
 
 absl::StatusOr<ChatAnswer> StreamChat(const std::string& address, Json body) {
   body["stream"] = true;

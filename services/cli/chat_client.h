@@ -21,6 +21,12 @@ struct ChatAnswer {
 // reasoning dimmed on a terminal. Errors carry the server's own words.
 absl::StatusOr<ChatAnswer> StreamChat(const std::string& address, nlohmann::ordered_json body);
 
+// The one model that a router serves, from /v1/models.
+absl::StatusOr<std::string> OnlyModel(const std::string& address);
+
+// The message of an OpenAI error object, or the raw text of whatever came instead.
+std::string ErrorText(const std::string& body);
+
 // "12 tokens in 0.4 s (first after 0.1 s, 40 a second)".
 std::string DescribeSpeed(const ChatAnswer& answer);
 

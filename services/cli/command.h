@@ -43,6 +43,7 @@ int RunDecode(Arguments);
 int RunExpert(Arguments);
 int RunRun(Arguments);
 int RunChat(Arguments);
+int RunBench(Arguments);
 int RunScore(Arguments);
 int RunEncode(Arguments);
 int RunTokenize(Arguments);

@@ -2,6 +2,8 @@
 // millrace: one executable whose first argument is a command.
 //
 // This file is the table of commands and the text of `millrace --help`. Each command is a file beside it.
+#include <sys/prctl.h>
+
 #include <csignal>
 #include <cstdio>
 #include <exception>
@@ -27,6 +29,7 @@ constexpr Command kCommands[] = {
     {"run", "answer one request with the whole model in this process", RunRun, kLocal},
     {"score", "logits of given tokens, safetensors in and out", RunScore, kLocal},
     {"chat", "talk to a running cluster", RunChat, kTools},
+    {"bench", "load a running cluster and report latencies", RunBench, kTools},
     {"encode", "the prompt that a chat request becomes", RunEncode, kTools},
     {"tokenize", "standard input to token ids", RunTokenize, kTools},
     {"detokenize", "token ids on standard input to text", RunDetokenize, kTools},
@@ -53,6 +56,7 @@ void PrintHelp(std::FILE* out) {
 }
 
 int Main(int argc, char** argv) {
+  prctl(PR_SET_NAME, "millrace");  // a child of `up` is started as /proc/self/exe and would be listed as "exe"
   std::signal(SIGPIPE, SIG_IGN);  // a closed pipe or socket is an error return, not the end of the process
   const std::vector<absl::string_view> arguments(argv + 1, argv + argc);
   if (arguments.empty()) {

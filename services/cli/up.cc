@@ -19,11 +19,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "engine/status.h"
 #include "nlohmann/json.hpp"
 #include "services/cli/chat_client.h"
 #include "services/cli/command.h"
 #include "services/cli/http_client.h"
+#include "services/cli/process_memory.h"
 #include "services/cli/supervisor.h"
 #include "services/cli/terminal.h"
 #include "services/common/config.h"
@@ -210,6 +212,7 @@ class Up {
         std::fprintf(stderr, "Ready in %s: http://%s\n",
                      HumanSeconds(std::chrono::duration<double>(Clock::now() - start).count()).c_str(),
                      config_.router().http_listen().c_str());
+        PrintMemory();
         return kExitOk;
       }
       if (Clock::now() > until) {
@@ -221,6 +224,18 @@ class Up {
     }
     board_.Close();
     return kExitOk;
+  }
+
+  // One line: what each process occupies now. What it consists of: docs/configuration.md, "Memory".
+  void PrintMemory() const {
+    std::vector<std::string> parts;
+    for (const Supervisor::Child& child : supervisor_.children()) {
+      const std::optional<ProcessMemory> memory = ReadProcessMemory(child.pid);
+      if (!memory) continue;
+      parts.push_back(absl::StrCat(child.spec.name, " ", HumanBytes(memory->resident_bytes), " (own ",
+                                   HumanBytes(memory->own_bytes), ")"));
+    }
+    if (!parts.empty()) std::fprintf(stderr, "Resident memory: %s\n", absl::StrJoin(parts, ", ").c_str());
   }
 
   int Drain(int exit_code) {
