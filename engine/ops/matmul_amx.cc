@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// See matmul_amx.h. A block of a panel's weights is widened once into tiles of 32 inputs by 16 outputs (pairs of inputs
-// side by side, as the instruction wants them); 16 rows at a time run over them, and each block's sums are scaled and
-// added to the totals as everywhere else.
+// See matmul_amx.h. For several rows, a block of a panel's weights is widened once into tiles of 32 inputs by 16
+// outputs (pairs of inputs side by side, as the instruction wants them); 16 rows at a time run over them, and each
+// block's sums are scaled and added to the totals as everywhere else. One row alone does the same sums on vectors,
+// where filling tiles would not pay.
 #include "engine/ops/matmul_amx.h"
+
+#include <bit>
 
 #include "engine/status.h"
 
@@ -143,6 +146,74 @@ MILLRACE_AMX void AddBlock(const PackedLinear& w, const float* panel_scales, int
   }
 }
 
+// Weights of input `k`, outputs `lane` and up, as F32.
+template <WeightKind kKind>
+MILLRACE_AMX inline __m512 Widen(const uint8_t* panel, int width, int64_t k, int lane) {
+  if constexpr (kKind == WeightKind::kFp8) return WidenFp8(panel + k * width + lane);
+  if constexpr (kKind == WeightKind::kFp4) return WidenFp4(panel + k * 32 + lane % 32, lane >= 32);
+  const uint16_t* at = reinterpret_cast<const uint16_t*>(panel) + k * width + lane;
+  const __m512i raw = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+}
+
+MILLRACE_AMX inline __m512 WidenInput(uint16_t bits) {
+  return _mm512_set1_ps(std::bit_cast<float>(static_cast<uint32_t>(bits) << 16));
+}
+
+// What the tile instruction does, for one row and without a tile to fill: of 32 inputs the even ones and the odd ones
+// are summed apart, in order, by fused multiply-adds; then both are added, and that to the block's sum. Tiny values
+// count as zero there, so they must here.
+template <WeightKind kKind>
+MILLRACE_AMX void OneRow(const PackedLinear& w, int64_t panel, const Bf16Rows& x, float* lanes) {
+  const unsigned saved = _mm_getcsr();
+  if constexpr (kKind == WeightKind::kBf16) _mm_setcsr(saved | 0x8040);  // flush results, take operands as zero
+  const uint8_t* data = w.panel_data(panel);
+  const float* scales = w.panel_scales(panel);
+  const int width = w.panel_width(panel);
+  const int64_t row_bytes = kKind == WeightKind::kBf16 ? width * 2 : kKind == WeightKind::kFp8 ? width : width / 2;
+  constexpr int64_t kAhead = 2048;
+  const auto product = [&]<int kVectors>(int lane) MILLRACE_AMX {
+    __m512 total[kVectors];
+    for (int v = 0; v < kVectors; ++v) total[v] = _mm512_setzero_ps();
+    for (int64_t k0 = 0; k0 < w.k(); k0 += BlockK(kKind)) {
+      __m512 sum[kVectors];
+      for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_setzero_ps();
+      const int64_t end = std::min<int64_t>(w.k(), k0 + BlockK(kKind));
+      for (int64_t s = k0; s < end; s += kTileK) {
+        __m512 even[kVectors], odd[kVectors];
+        for (int v = 0; v < kVectors; ++v) even[v] = odd[v] = _mm512_setzero_ps();
+        for (int64_t k = s; k < s + kTileK; k += 2) {
+          const uint8_t* ahead = data + k * row_bytes + kAhead;
+          for (int64_t line = 0; line < 2 * row_bytes; line += 64) __builtin_prefetch(ahead + line);
+          const __m512 x0 = WidenInput(x.values[k]), x1 = WidenInput(x.values[k + 1]);
+          for (int v = 0; v < kVectors; ++v) {
+            even[v] = _mm512_fmadd_ps(x0, Widen<kKind>(data, width, k, lane + v * kTileN), even[v]);
+            odd[v] = _mm512_fmadd_ps(x1, Widen<kKind>(data, width, k + 1, lane + v * kTileN), odd[v]);
+          }
+        }
+        for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_add_ps(sum[v], _mm512_add_ps(even[v], odd[v]));
+      }
+      float scale = x.scales == nullptr ? 1.0f : x.scales[k0 / 128];
+      if constexpr (kKind == WeightKind::kFp8) scale *= scales[k0 / 128];
+      for (int v = 0; v < kVectors; ++v) {
+        __m512 factor = _mm512_set1_ps(scale);
+        if constexpr (kKind == WeightKind::kFp4) {
+          const float* at = scales + k0 / 32 * PackedLinear::kPanel + lane + v * kTileN;
+          factor = _mm512_mul_ps(factor, _mm512_loadu_ps(at));
+        }
+        total[v] = _mm512_fmadd_ps(sum[v], factor, total[v]);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(lanes + lane + v * kTileN, total[v]);
+  };
+  if (width == PackedLinear::kPanel) {
+    product.template operator()<kTiles>(0);
+  } else {
+    for (int lane = 0; lane < width; lane += kTileN) product.template operator()<1>(lane);
+  }
+  _mm_setcsr(saved);
+}
+
 bool AskForAmx() {
   uint32_t a, b, c, d;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
@@ -164,6 +235,26 @@ bool AmxAvailable() {
 }
 
 void AmxPanelProduct(const PackedLinear& w, int64_t panel, const Bf16Rows& x, int64_t m, float* out, int64_t out_ld) {
+  const int64_t first = panel * PackedLinear::kPanel;
+  const int64_t used = std::min<int64_t>(PackedLinear::kPanel, w.n() - first);
+  if (m == 1) {
+    alignas(64) float lanes[PackedLinear::kPanel];
+    switch (w.kind()) {
+      case WeightKind::kBf16:
+        OneRow<WeightKind::kBf16>(w, panel, x, lanes);
+        break;
+      case WeightKind::kFp8:
+        OneRow<WeightKind::kFp8>(w, panel, x, lanes);
+        break;
+      case WeightKind::kFp4:
+        OneRow<WeightKind::kFp4>(w, panel, x, lanes);
+        break;
+      case WeightKind::kF32:
+        CHECK(false, "F32 weights do not go into tiles");
+    }
+    std::copy_n(lanes, used, out + first);
+    return;
+  }
   constexpr int kMaxSteps = 128 / kTileK;
   alignas(64) WeightTile tiles[kMaxSteps][kTiles];
   alignas(64) float sums[kTileRows * PackedLinear::kPanel];
@@ -197,9 +288,6 @@ void AmxPanelProduct(const PackedLinear& w, int64_t panel, const Bf16Rows& x, in
     }
   }
   ReleaseTiles();
-
-  const int64_t first = panel * PackedLinear::kPanel;
-  const int64_t used = std::min<int64_t>(PackedLinear::kPanel, w.n() - first);
   for (int64_t r = 0; r < m; ++r) std::copy_n(totals.data() + r * PackedLinear::kPanel, used, out + r * out_ld + first);
 }
 
@@ -215,6 +303,7 @@ MILLRACE_AMX void NarrowRows(const ActivationRows& x, int64_t m, int64_t k, uint
       lost = _mm512_mask_or_epi32(lost, static_cast<__mmask16>(~nan), lost, bits);
       __m512i high = _mm512_srli_epi32(bits, 16);
       high = _mm512_mask_or_epi32(high, nan, high, _mm512_set1_epi32(0x40));
+      high = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(bits, infinity), high);  // subnormal: zero, as in a tile
       _mm256_mask_storeu_epi16(out + r * k + i, part, _mm512_cvtepi32_epi16(high));
     }
   }

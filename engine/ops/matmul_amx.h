@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product of packed_linear.h on Intel's AMX tiles, for inputs that are BF16 values.
 //
-// Weights and inputs go into the tiles as BF16, exactly (E4M3, E2M1 and BF16 all fit), products are summed in FP32. One
-// row and many rows run the same tile instructions over the same blocks of K, so a row's bits do not depend on how many
-// rows there are; they do differ from matmul_cpu.cc's, which is why the kernel-set id names AMX. F32 weights, and K not
-// a multiple of 32, stay with matmul_cpu.cc.
+// Weights and inputs go into the tiles as BF16, exactly (E4M3, E2M1 and BF16 all fit), products are summed in FP32 in
+// the order that the tile instruction fixes; one row alone is summed on vectors in that same order, so a row's bits do
+// not depend on how many rows there are (matmul_test.cc). They do differ from matmul_cpu.cc's, which is why the
+// kernel-set id names AMX. F32 weights, and K not a multiple of 32, stay with matmul_cpu.cc.
 //
 // Thread: any; tiles are configured and released inside the call.
 #pragma once
@@ -27,7 +27,7 @@ struct Bf16Rows {
   int64_t scales_ld = 0;
 };
 
-// F32 rows to BF16 bits [m, k]. CHECKs that nothing is lost. AmxAvailable() must hold.
+// F32 rows to BF16 bits [m, k], subnormals to zero. CHECKs that nothing else is lost. AmxAvailable() must hold.
 void NarrowRows(const ActivationRows& x, int64_t m, int64_t k, uint16_t* out);
 
 // All m rows times one panel. AmxAvailable() and AmxTakes(w) must hold.

@@ -37,7 +37,7 @@ Problem Make(WeightKind kind, int64_t n, int64_t k, std::mt19937& draw) {
     }
     case WeightKind::kBf16: {
       std::vector<uint16_t> rows(n * k);
-      for (uint16_t& w : rows) w = EncodeBf16(normal(draw));
+      for (uint16_t& w : rows) w = EncodeBf16(draw() % 50 == 0 ? 0x1p-129f : normal(draw));  // some subnormal
       fill([&](int64_t i) { return DecodeBf16(rows[i]); });
       p.weight = PackedLinear::FromBf16(rows.data(), n, k);
       break;
@@ -96,7 +96,7 @@ TEST_P(MatMulOf, IsNearTheSumAndTheSameForARowInAnyCompany) {
     constexpr int64_t kRows = 101;  // more than a strip
     const int64_t groups = (k + 127) / 128;
     std::vector<float> x(kRows * k), scales(kRows * groups, 1.0f);
-    for (float& v : x) v = RoundBf16(normal(draw));
+    for (float& v : x) v = draw() % 50 == 0 ? 0x1p-130f : RoundBf16(normal(draw));
     if (p.weight.quantised()) {
       for (int64_t r = 0; r < kRows; ++r) {
         QuantiseActivations(x.data() + r * k, k, 128, x.data() + r * k, scales.data() + r * groups);
@@ -139,16 +139,17 @@ INSTANTIATE_TEST_SUITE_P(Kinds, MatMulOf,
                                             ::testing::Bool()),
                          NameOf);
 
-TEST(NarrowRows, KeepsBf16ValuesAndNans) {
+TEST(NarrowRows, KeepsNormalBf16ValuesAndNans) {
   if (!AmxAvailable()) GTEST_SKIP() << "this processor has no AMX";
-  const std::vector<float> x = {1.0f, -0.0f, std::bit_cast<float>(0x7f800001u), INFINITY, 0x1p-130f};
+  const std::vector<float> x = {1.0f, -0.0f, std::bit_cast<float>(0x7f800001u), INFINITY, 0x1p-130f, 0x1p-126f};
   std::vector<uint16_t> out(x.size());
-  NarrowRows({x.data(), 5}, 1, 5, out.data());
+  NarrowRows({x.data(), 6}, 1, 6, out.data());
   EXPECT_EQ(out[0], 0x3f80);
   EXPECT_EQ(out[1], 0x8000);
   EXPECT_TRUE(std::isnan(DecodeBf16(out[2])));
   EXPECT_EQ(out[3], 0x7f80);
-  EXPECT_EQ(DecodeBf16(out[4]), 0x1p-130f);
+  EXPECT_EQ(DecodeBf16(out[4]), 0.0f);
+  EXPECT_EQ(DecodeBf16(out[5]), 0x1p-126f);
   const std::vector<float> lossy = {1.0000001f};
   EXPECT_DEATH(NarrowRows({lossy.data(), 1}, 1, 1, out.data()), "BF16 values");
 }
