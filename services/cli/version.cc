@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "nlohmann/json.hpp"
+#include "engine/ops/vector_cpu.h"
 #include "services/cli/command.h"
 
 #ifndef MILLRACE_VERSION
@@ -24,11 +25,12 @@ int RunVersion(Arguments arguments) {
   if (!ParseOrExplain(flags, "version", arguments, &exit_code)) return exit_code;
   if (json) {
     const nlohmann::ordered_json object = {
-        {"version", MILLRACE_VERSION}, {"compiler", __VERSION__}, {"transports", MILLRACE_TRANSPORTS}};
+        {"version", MILLRACE_VERSION}, {"compiler", __VERSION__}, {"transports", MILLRACE_TRANSPORTS}, {"kernels", vec::KernelSet()}};
     std::printf("%s\n", object.dump().c_str());
     return kExitOk;
   }
-  std::printf("%s\ncompiler: %s\ntransports: %s\n", VersionLine().c_str(), __VERSION__, MILLRACE_TRANSPORTS);
+  std::printf("%s\ncompiler: %s\ntransports: %s\nkernels: %s\n", VersionLine().c_str(), __VERSION__, MILLRACE_TRANSPORTS,
+              vec::KernelSet().c_str());
   return kExitOk;
 }
 
