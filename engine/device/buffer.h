@@ -1,41 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 // Owned, zeroed, 128-byte aligned host memory: what weights, caches and workspaces are kept in.
+//
+// Memory is touched when a buffer is made, so that a machine that cannot hold it says so at start and not under load.
+// It asks the kernel for huge pages: a decode step reads all weights once, and with small pages it waits for the TLB.
+// Small buffers therefore stand side by side in shared chunks; a chunk goes when its last buffer does.
+//
+// Thread: making and dropping buffers from any; the memory itself is not guarded.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 
-#include "absl/strings/str_cat.h"
-#include "engine/status.h"
-
 namespace millrace {
+
+// Zeroed bytes, aligned to 128; never null, also for 0 bytes. Out of memory is a CHECK that names the size.
+std::shared_ptr<uint8_t> AllocateHost(int64_t bytes);
 
 template <typename T>
 class Buffer {
  public:
   Buffer() = default;
-  // Large buffers come zeroed from the kernel and are only backed by memory once touched.
-  explicit Buffer(int64_t count) : count_(count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 128 * 128;
-    void* memory = std::aligned_alloc(128, bytes == 0 ? 128 : bytes);
-    CHECK(memory != nullptr, absl::StrCat("cannot allocate ", bytes, " bytes"));
-    std::memset(memory, 0, bytes);
-    data_.reset(static_cast<T*>(memory));
-  }
-  T* data() { return data_.get(); }
-  const T* data() const { return data_.get(); }
-  T& operator[](int64_t i) { return data_.get()[i]; }
-  const T& operator[](int64_t i) const { return data_.get()[i]; }
+  explicit Buffer(int64_t count) : data_(AllocateHost(count * static_cast<int64_t>(sizeof(T)))), count_(count) {}
+  Buffer(Buffer&&) = default;
+  Buffer& operator=(Buffer&&) = default;
+
+  T* data() { return reinterpret_cast<T*>(data_.get()); }
+  const T* data() const { return reinterpret_cast<const T*>(data_.get()); }
+  T& operator[](int64_t i) { return data()[i]; }
+  const T& operator[](int64_t i) const { return data()[i]; }
   int64_t size() const { return count_; }
   int64_t bytes() const { return count_ * static_cast<int64_t>(sizeof(T)); }
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
+  std::shared_ptr<uint8_t> data_;  // shared with a chunk, never with another buffer
   int64_t count_ = 0;
 };
 

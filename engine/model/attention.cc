@@ -23,12 +23,12 @@ void Model::Attention(int layer, const LayerWeights& w, const Pass& pass, Activa
   // Entries that these rows complete become visible to the very row that completes them, so compression comes first.
   if (kind != LayerKind::kWindow) Compress(layer, w, pass, a);
   a.selection.all = true;
-  if (kind == LayerKind::kCsa) {
+  if (kind == LayerKind::kCsa && !SelectsAll(pass, config_.index_topk)) {
     ops_.Linear(a.qr.data(), config_.q_lora_rank, rows, {{&w.index_wq_b, a.index_q.data()}});
     ops_.Linear(a.u.data(), hidden, rows, {{&w.index_weights_proj, a.index_weights.data()}});
     ops_.IndexSelect(layer, pass, a.index_q.data(), a.index_weights.data(), config_.index_n_heads, config_.index_topk,
                      rope, a.selection);
-    if (options.tap != nullptr && !a.selection.all) {
+    if (options.tap != nullptr) {
       for (int64_t r = 0; r < rows; ++r) {
         options.tap->OnSelection(
             layer, r,

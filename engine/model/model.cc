@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The layer loop. Attention is attention.cc, experts moe.cc, the draft module mtp.cc.
 #include "engine/model/model.h"
+#include "engine/status.h"
 
 #include <algorithm>
 #include <cmath>

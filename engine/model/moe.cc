@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One MoE sublayer: a.u in, a.sublayer out. The shared expert is computed while routed experts are away.
 #include "engine/model/model.h"
+#include "engine/status.h"
 
 namespace millrace {
 
@@ -16,8 +17,7 @@ absl::Status Model::Moe(int layer, const LayerWeights& w, const Pass& pass, Acti
             a.expert_weights.data());
   if (options.tap != nullptr) options.tap->OnExperts(layer, a.experts.data(), rows);
 
-  RETURN_IF_ERROR(exchange_.Dispatch(
-      {layer, rows, hidden, k, a.u.data(), a.experts.data(), a.expert_weights.data()}));
+  RETURN_IF_ERROR(exchange_.Dispatch({layer, rows, hidden, k, a.u.data(), a.experts.data(), a.expert_weights.data()}));
   ops_.Linear(a.u.data(), hidden, rows, {{&w.shared_w1, a.gate_out.data()}, {&w.shared_w3, a.up_out.data()}});
   ops_.SwiGlu(a.gate_out.data(), a.up_out.data(), nullptr, rows, width, limit, a.gate_out.data());
   ops_.Linear(a.gate_out.data(), width, rows, {{&w.shared_w2, a.shared.data()}});

@@ -4,6 +4,7 @@
 
 #include "engine/model/model.h"
 #include "engine/ops/vector_cpu.h"
+#include "engine/status.h"
 
 namespace millrace {
 

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/ops/rounding.h"
+#include "engine/status.h"
 
 namespace millrace {
 namespace {
@@ -116,11 +117,15 @@ LayerWeights LoadLayer(const Checkpoint& c, const std::string& p, int layer, Num
 PackedLinear LoadLinear(const Checkpoint& checkpoint, const std::string& name, Numerics numerics) {
   const HostTensor& t = checkpoint.Get(name);
   switch (t.dtype) {
-    case DType::kF32: return PackedLinear::FromF32(Copy<float>(t).data(), t.shape[0], t.shape[1]);
-    case DType::kBF16: return PackedLinear::FromBf16(Copy<uint16_t>(t).data(), t.shape[0], t.shape[1]);
+    case DType::kF32:
+      return PackedLinear::FromF32(Copy<float>(t).data(), t.shape[0], t.shape[1]);
+    case DType::kBF16:
+      return PackedLinear::FromBf16(Copy<uint16_t>(t).data(), t.shape[0], t.shape[1]);
     case DType::kF8E4M3:
-    case DType::kI8: break;
-    default: CHECK(false, absl::StrCat(name, " has no linear type"));
+    case DType::kI8:
+      break;
+    default:
+      CHECK(false, absl::StrCat(name, " has no linear type"));
   }
   const uint8_t* scales = checkpoint.Get(ScaleName(name)).data;
   if (numerics == Numerics::kExact) {
@@ -144,9 +149,9 @@ std::vector<float> LoadF32(const Checkpoint& checkpoint, const std::string& name
 
 int64_t LayerWeights::bytes() const {
   int64_t total = 0;
-  for (const PackedLinear* w :
-       {&hc_attn.fn, &hc_ffn.fn, &wq_a, &wq_b, &wkv, &wo_b, &compressor.wkv, &compressor.wgate, &index_wq_b,
-        &index_weights_proj, &index_compressor.wkv, &index_compressor.wgate, &gate, &shared_w1, &shared_w2, &shared_w3}) {
+  for (const PackedLinear* w : {&hc_attn.fn, &hc_ffn.fn, &wq_a, &wq_b, &wkv, &wo_b, &compressor.wkv, &compressor.wgate,
+                                &index_wq_b, &index_weights_proj, &index_compressor.wkv, &index_compressor.wgate, &gate,
+                                &shared_w1, &shared_w2, &shared_w3}) {
     total += w->bytes();
   }
   for (const PackedLinear& w : wo_a) total += w.bytes();

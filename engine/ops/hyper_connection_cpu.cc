@@ -70,8 +70,7 @@ void CpuOps::HyperConnectionPre(const float* streams, const HyperConnectionWeigh
   });
 }
 
-void CpuOps::HyperConnectionPost(const float* out, const float* post, const float* comb, int64_t rows,
-                                 float* streams) {
+void CpuOps::HyperConnectionPost(const float* out, const float* post, const float* comb, int64_t rows, float* streams) {
   const int hc = config_.hc_mult;
   const int64_t dim = config_.hidden_size;
   pool_.For(rows, [&](int64_t r) {

@@ -99,9 +99,7 @@ void CpuOps::IndexSelect(int layer, const Pass& pass, float* q, const float* wei
                          RopeRows rope, Selection& selection) {
   selection.entries.clear();
   selection.offset.assign(1, 0);
-  selection.all = true;
-  for (const SequenceRows& s : pass.sequences) selection.all &= (s.start + s.count) / 4 <= topk;
-  if (selection.all) return;
+  selection.all = false;
 
   const bool codes = layout_.numerics == Numerics::kRelease && rounding_.index_score;
   if (codes) index_queries_.resize(std::max<size_t>(index_queries_.size(), pass.num_rows * heads));

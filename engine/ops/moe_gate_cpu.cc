@@ -13,7 +13,8 @@ void CpuOps::Gate(const float* u, const PackedLinear& w, const float* bias, cons
                   int64_t rows, int k, float route_scale, int32_t* experts, float* weights) {
   const int64_t num_experts = w.n();
   gate_logits_.resize(rows * num_experts);
-  MatMul(w, {u, w.k(), nullptr, 0, /*bf16=*/rounding_ == Rounding::All()}, rows, gate_logits_.data(), num_experts, pool_);
+  MatMul(w, {u, w.k(), nullptr, 0, /*bf16=*/rounding_ == Rounding::All()}, rows, gate_logits_.data(), num_experts,
+         pool_);
   std::vector<int32_t> order(num_experts);
   std::vector<float> biased(num_experts);
   for (int64_t r = 0; r < rows; ++r) {
@@ -28,9 +29,8 @@ void CpuOps::Gate(const float* u, const PackedLinear& w, const float* bias, cons
     } else {
       for (int64_t e = 0; e < num_experts; ++e) biased[e] = score[e] + bias[e];
       std::iota(order.begin(), order.end(), 0);
-      std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int32_t a, int32_t b) {
-        return biased[a] != biased[b] ? biased[a] > biased[b] : a < b;
-      });
+      std::partial_sort(order.begin(), order.begin() + k, order.end(),
+                        [&](int32_t a, int32_t b) { return biased[a] != biased[b] ? biased[a] > biased[b] : a < b; });
       std::copy_n(order.begin(), k, chosen);
     }
     std::sort(chosen, chosen + k);

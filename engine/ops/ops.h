@@ -53,9 +53,9 @@ struct Pass {
 };
 
 struct HyperConnectionWeights {
-  PackedLinear fn;          // F32 [(2 + hc) * hc, hc * D], or [hc, hc * D] for the head
-  std::vector<float> base;  // [(2 + hc) * hc] or [hc]
-  std::vector<float> scale; // [3] or [1]
+  PackedLinear fn;           // F32 [(2 + hc) * hc, hc * D], or [hc, hc * D] for the head
+  std::vector<float> base;   // [(2 + hc) * hc] or [hc]
+  std::vector<float> scale;  // [3] or [1]
 };
 
 struct CompressorWeights {
@@ -67,17 +67,25 @@ struct CompressorWeights {
 // Keys of the window that the rows of a pass may see: per sequence the old entries still visible to its first row,
 // then its own rows; F32 values of the stored entries.
 struct WindowKeys {
-  Buffer<float> keys;           // [sum over sequences of (old + count), 512]
-  std::vector<int64_t> first;   // per sequence: index of the key of position `first_position`
+  Buffer<float> keys;          // [sum over sequences of (old + count), 512]
+  std::vector<int64_t> first;  // per sequence: index of the key of position `first_position`
   std::vector<int64_t> first_position;
 };
 
 // Compressed entries each row attends to, ascending.
 struct Selection {
-  bool all = false;                // every visible entry; `entries` is unused
-  std::vector<int64_t> offset;     // [T + 1] into entries
+  bool all = false;             // every visible entry; `entries` is unused
+  std::vector<int64_t> offset;  // [T + 1] into entries
   std::vector<int32_t> entries;
 };
+
+// Whether every row of a pass sees so few entries that none is left out: then there is nothing to score.
+inline bool SelectsAll(const Pass& pass, int topk) {
+  for (const SequenceRows& s : pass.sequences) {
+    if ((s.start + s.count) / 4 > topk) return false;
+  }
+  return true;
+}
 
 // One weight and where its product goes, for linears that share an input.
 struct LinearCall {
@@ -112,7 +120,8 @@ class Ops {
   // out [T, dim] = RMSNorm(x) * weight; may alias. weight null: unweighted.
   virtual void RmsNorm(const float* x, const float* weight, int64_t rows, int64_t dim, float* out) = 0;
 
-  virtual void PrepareRope(const RopeFrequencies& f, const int64_t* positions, int64_t rows, float* cos, float* sin) = 0;
+  virtual void PrepareRope(const RopeFrequencies& f, const int64_t* positions, int64_t rows, float* cos,
+                           float* sin) = 0;
 
   // q [T, heads, 512] in place: per-head RMSNorm without weight, then RoPE of the last 64 dims.
   virtual void QueryNormRope(float* q, int heads, RopeRows rope, int64_t rows) = 0;
@@ -128,10 +137,11 @@ class Ops {
                            const float* index_score, const CompressorWeights& main, const CompressorWeights& index,
                            const RopeFrequencies& f) = 0;
   // Pooling of HCA, online per channel: kv and score [T, 512].
-  virtual void CompressHca(int layer, const Pass& pass, const float* kv, const float* score,
-                           const CompressorWeights& w, const RopeFrequencies& f) = 0;
+  virtual void CompressHca(int layer, const Pass& pass, const float* kv, const float* score, const CompressorWeights& w,
+                           const RopeFrequencies& f) = 0;
 
-  // Lightning indexer: q [T, heads, 128] (output of wq_b, overwritten), weights [T, heads] (output of weights_proj).
+  // Lightning indexer, for a pass that does not select all: q [T, heads, 128] (output of wq_b, overwritten), weights
+  // [T, heads] (output of weights_proj).
   virtual void IndexSelect(int layer, const Pass& pass, float* q, const float* weights, int heads, int topk,
                            RopeRows rope, Selection& selection) = 0;
 

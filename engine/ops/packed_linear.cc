@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "engine/ops/rounding.h"
+#include "engine/status.h"
 
 namespace millrace {
 

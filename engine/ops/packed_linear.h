@@ -3,10 +3,9 @@
 //
 // Outputs are cut into panels of 64; inside a panel the weights of one input stand side by side, so a product adds in
 // ascending k for each output on its own lane: no horizontal sum, and the same order on any vector width and for any
-// number of rows. K is cut into blocks (128 for FP8, 32 for the others: shorter sums round less): a block is summed from
-// zero in FP32 (fused multiply-add),
-// then multiplied by its scales and added to the total. Weights stay in their stored width (FP4, FP8, BF16, F32) and are
-// widened on the fly, exactly.
+// number of rows. K is cut into blocks (128 for FP8, 32 for the others: shorter sums round less): a block is summed
+// from zero in FP32 (fused multiply-add), then multiplied by its scales and added to the total. Weights stay in their
+// stored width (FP4, FP8, BF16, F32) and are widened on the fly, exactly.
 //
 // Source: docs/model.md, "Quantised linears". Thread: immutable after packing; MatMul from the engine thread.
 #pragma once
