@@ -191,12 +191,13 @@ struct Bounds {
   double equal_values_after_layer0 = 0.99;
   double equal_values_after_layer1 = 0.92;
   double mean_logprob_difference = 0.0004;
+  double least_selection_overlap = 0.93;
 };
 constexpr Bounds kCpuBounds;
-// Tensor cores sum FP8 products with fewer bits (docs/model.md), which shifts roundings from layer 0 on: values equal to
-// the bit are not asked for, and streams get the room that two such implementations were seen to need.
-constexpr Bounds kCudaBounds = {0.003, 0.01, 0.035, 0, 0, 0.0008};
-constexpr double kSelectionOverlap = 0.93;
+// Tensor cores sum FP8 products with fewer bits, which shifts roundings from layer 0 on: values equal to the bit are not
+// asked for, and streams get room. With plain products 0.00 %, 0.18 %, 1.5 %, 0.00026 were seen, and 116 of 128 entries
+// in the row with least room.
+constexpr Bounds kCudaBounds = {0.003, 0.01, 0.035, 0, 0, 0.0008, 0.88};
 constexpr double kMeanSelectionOverlap = 0.96;
 constexpr double kEqualExpertRows = 0.97;
 constexpr double kMargin = 0.1;
@@ -247,7 +248,7 @@ std::vector<std::string> BrokenBounds(const ReleaseStatistics& s, const Bounds& 
   at_least("equal values after layer 0", s.equal_values_after_layer0, bounds.equal_values_after_layer0);
   at_least("equal values after layer 1", s.equal_values_after_layer1, bounds.equal_values_after_layer1);
   at_least("repeated selections", s.repeated_selections, kRepeatedSelections);
-  at_least("least selection overlap", s.least_selection_overlap, kSelectionOverlap);
+  at_least("least selection overlap", s.least_selection_overlap, bounds.least_selection_overlap);
   at_least("mean selection overlap", s.mean_selection_overlap, kMeanSelectionOverlap);
   at_least("equal expert rows", s.equal_expert_rows, kEqualExpertRows);
   at_most("difference of log-probabilities", s.logprob_difference, bounds.mean_logprob_difference);
