@@ -31,7 +31,10 @@ endif()
 add_library(millrace_warnings INTERFACE)
 target_compile_options(millrace_warnings INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wnon-virtual-dtor
   -Wno-missing-field-initializers>)
+target_compile_options(millrace_warnings INTERFACE
+  $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;--expt-relaxed-constexpr>)
 if(MILLRACE_WERROR)
+  target_compile_options(millrace_warnings INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
   target_compile_options(millrace_warnings INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
 
@@ -44,7 +47,8 @@ function(millrace_library name)
 endfunction()
 
 # millrace_test(NAME SOURCES... DEPS... [LABELS...] [TIMEOUT s]): one GoogleTest binary, its cases found by ctest. Tests
-# run in the source root and find their data under tests/data and deploy/demo.
+# run in the source root and find their data under tests/data and deploy/demo. Cases whose names begin with Cuda need a
+# card and have the label gpu only.
 function(millrace_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;DEPS;LABELS" ${ARGN})
   if(NOT ARG_TIMEOUT)
@@ -56,7 +60,11 @@ function(millrace_test name)
   add_executable(${name} ${ARG_SOURCES})
   target_link_libraries(${name} PRIVATE ${ARG_DEPS} GTest::gtest_main GTest::gmock millrace_warnings)
   gtest_discover_tests(${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR} DISCOVERY_TIMEOUT 60
-    PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+    TEST_FILTER "-Cuda*" PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+  if(MILLRACE_HAVE_CUDA)
+    gtest_discover_tests(${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR} DISCOVERY_TIMEOUT 60 TEST_LIST ${name}_cuda
+      TEST_FILTER "Cuda*" PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS gpu)
+  endif()
 endfunction()
 
 # millrace_bench(NAME SOURCES... DEPS...): one google-benchmark binary; built by default, run by hand.

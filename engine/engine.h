@@ -49,6 +49,8 @@ struct EngineOptions {
   ExpertExchange* exchange = nullptr;
   // Bytes of weights prepared so far and in all; called from Create's thread.
   std::function<void(int64_t, int64_t)> progress;
+  // One line on what start-up took of a device, before it is taken; called from Create's thread.
+  std::function<void(const std::string&)> notice;
 };
 
 // Opaque, never reused within a process.

@@ -135,7 +135,9 @@ void CpuOps::SparseAttention(int layer, const Pass& pass, const float* q, int he
                             : all                      ? (position + 1) / ratio
                                                        : selection.offset[row + 1] - selection.offset[row];
       static thread_local std::vector<float> own;
-      if (!shared) own.resize(std::max<size_t>(own.size(), kSegment * dim));
+      // A ring of one segment, whose keys are read when it closes, and of the tile that is loaded before that.
+      constexpr int64_t kRing = kSegment + kTile;
+      if (!shared) own.resize(std::max<size_t>(own.size(), kRing * dim));
       for (int64_t e0 = 0; e0 < count; e0 += kTile) {
         const int n = static_cast<int>(std::min<int64_t>(kTile, count - e0));
         for (int j = 0; j < n; ++j) {
@@ -143,8 +145,7 @@ void CpuOps::SparseAttention(int layer, const Pass& pass, const float* q, int he
           if (shared) {
             keys[j] = shared_entries + entry * dim;
           } else {
-            // A ring of one segment: its keys are read when it closes.
-            float* at = own.data() + (e0 + j) % kSegment * dim;
+            float* at = own.data() + (e0 + j) % kRing * dim;
             LoadCompressed(s, layer, entry, at);
             keys[j] = at;
           }

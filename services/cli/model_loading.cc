@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <thread>
 #include <utility>
 
@@ -50,6 +51,9 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const ModelFlags& flags,
   options.mtp = size.mtp;
   Progress progress("loading " + flags.model, !flags.quiet);
   options.progress = [&](int64_t done, int64_t total) { progress.Update(done, total); };
+  if (!flags.quiet) {
+    options.notice = [](const std::string& line) { std::fprintf(stderr, "%s\n", line.c_str()); };
+  }
   ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine, Engine::Create(std::move(checkpoint), std::move(options)));
   progress.Finish();
   return engine;

@@ -18,6 +18,10 @@ namespace millrace {
 
 kvtransfer::Memory ToMemory(const CacheExtent& extent, DeviceKind device);
 
+// How kvtransfer copies and digests cache memory of either kind. Device memory passes through the host, so that both
+// kinds have the same digest. Any thread.
+kvtransfer::MemoryFunctions CacheMemoryFunctions();
+
 // What a receiver expects for a sequence of some length.
 std::vector<kvtransfer::ExpectedExtent> ToExpectedExtents(absl::Span<const CacheExtent> extents, DeviceKind device);
 

@@ -11,7 +11,9 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
+#include "kvtransfer/staged_transport.h"
 #include "kvtransfer/ucx_transport.h"
+#include "services/common/cache_extents.h"
 #include "services/common/clock.h"
 #include "services/common/generation_spec.h"
 #include "spdlog/spdlog.h"
@@ -101,9 +103,17 @@ std::string WorkerCore::AdvertisedAddress() const {
   return absl::StrCat(host, ":", server_->port());
 }
 
+// Debian's UCX knows no CUDA, and one that does needs the device on the transport thread: cache on a card is carried
+// through host buffers wherever it runs.
+void WorkerCore::StageDeviceMemory() {
+  if (config_.cluster.model().device() != "cuda") return;
+  transport_ = kvtransfer::StageDeviceMemory(std::move(transport_), CacheMemoryFunctions());
+}
+
 absl::Status WorkerCore::MakeTransport() {
   if (environment_.make_transport) {
     ASSIGN_OR_RETURN(transport_, environment_.make_transport());
+    StageDeviceMemory();
     return absl::OkStatus();
   }
   if (config_.cluster.transfer().transport() != "ucx") {
@@ -112,6 +122,7 @@ absl::Status WorkerCore::MakeTransport() {
   kvtransfer::TransportOptions options;
   options.name = config_.worker().name();
   ASSIGN_OR_RETURN(transport_, kvtransfer::CreateUcxTransport(options));
+  StageDeviceMemory();
   spdlog::info("{} {} transport: {}", RoleWord(config_.role), config_.worker().name(), transport_->Describe());
   return absl::OkStatus();
 }

@@ -83,6 +83,7 @@ class WorkerCore {
   WorkerMetrics& metrics() { return metrics_; }
 
  private:
+  void StageDeviceMemory();
   void FillStatus(v1::WorkerStatus& status);
   void CheckProgress(const v1::WorkerStatus& status);
   std::string AdvertisedAddress() const;

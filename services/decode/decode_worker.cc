@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
+#include "services/common/cache_extents.h"
 #include "spdlog/spdlog.h"
 
 namespace millrace::decode {
@@ -29,7 +30,8 @@ absl::Status DecodeWorker::Load() {
   host.local_experts = section.local_experts();
   host.section = absl::StrCat("decode[", core_.config().position, "]");
   ASSIGN_OR_RETURN(host_, expert::EngineHost::Create(core_, host));
-  receiver_ = std::make_unique<kvtransfer::Receiver>(core_.transport());
+  receiver_ = std::make_unique<kvtransfer::Receiver>(
+      core_.transport(), kvtransfer::ReceiverOptions{.memory = CacheMemoryFunctions()});
 
   DecodeLoopOptions options;
   options.max_batch = static_cast<int>(section.max_batch());

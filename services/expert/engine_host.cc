@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/ops/vector_cpu.h"
 #include "engine/status.h"
+#include "spdlog/spdlog.h"
 
 namespace millrace::expert {
 
@@ -34,6 +35,7 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
   engine_options.max_batch_tokens = options.max_batch_tokens;
   engine_options.max_context_tokens = static_cast<int64_t>(config.cluster.model().max_context_tokens());
   engine_options.num_threads = static_cast<int>(config.worker().threads());
+  engine_options.notice = [](const std::string& line) { spdlog::info("{}", line); };
   engine_options.progress = [&core](int64_t done, int64_t total) { core.ReportProgress(done, total); };
 
   if (config.has_expert_pool()) {

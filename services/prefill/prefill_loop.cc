@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
+#include "services/common/cache_extents.h"
 #include "services/common/clock.h"
 #include "services/common/failpoints.h"
 
@@ -224,6 +225,7 @@ absl::Status PrefillLoop::Admit(Prompt& prompt, absl::Time now) {
   prompt.peer = *peer;
   kvtransfer::SenderOptions options;
   options.max_in_flight_bytes = options_.max_inflight_bytes;
+  options.memory = CacheMemoryFunctions();
   prompt.sender = std::make_unique<kvtransfer::Sender>(
       transport_, prompt.peer, kvtransfer::LeaseKey{target.lease().id(), target.lease().epoch()}, options);
   prompt.phase = PromptPhase::kComputing;

@@ -4,7 +4,8 @@
 // A token's logits may depend on its sequence's tokens and on nothing else: not on how a prompt was cut, what shares
 // the pass, where the state was carried, which process ran an expert, or how many threads did. Every comparison here is
 // of bits; the reference is always one pass over the whole sequence. Three subjects: the demo model in both numerics,
-// and the tiny model, whose indexer selects 16 entries and therefore bites from token 68 on.
+// and the tiny model, whose indexer selects 16 entries and therefore bites from token 68 on. The demo model on CUDA is a
+// fourth, under names that begin with Cuda, where there is a card (label gpu).
 //
 // MILLRACE_LONG_TESTS=1 tries more cuts, batches and lengths (minutes instead of seconds per test).
 
@@ -24,6 +25,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/device/device_copy.h"
 #include "engine/moe/local_experts.h"
 #include "engine/status.h"
 #include "nlohmann/json.hpp"
@@ -38,13 +40,18 @@ struct Subject {
   const char* name;
   const char* model;
   Numerics numerics;
+  DeviceKind device = DeviceKind::kCpu;
 };
 // ctest shows it; the default would be the bytes of pointers.
 void PrintTo(const Subject& subject, std::ostream* out) { *out << subject.name; }
 
 // Room for the longest one-shot pass; everything else about the engine is its default.
 EngineOptions Options(const Subject& subject) {
-  return {.numerics = subject.numerics, .cache_pages = 64, .max_sequences = 8, .max_batch_tokens = 768};
+  return {.numerics = subject.numerics,
+          .device = subject.device,
+          .cache_pages = 64,
+          .max_sequences = 8,
+          .max_batch_tokens = 768};
 }
 
 // Text the demo model was trained on (a note with codes in it), so that routing and selection are as in use.
@@ -113,6 +120,10 @@ void ScatterPages(Engine& engine) {
 
 class Equality : public testing::TestWithParam<Subject> {
  protected:
+  void SetUp() override {
+    if (GetParam().device == DeviceKind::kCuda && !CudaMissing().empty()) GTEST_SKIP() << CudaMissing();
+  }
+
   static constexpr int kTokens = 700;
 
   int64_t vocab(const Engine& engine) const { return engine.config().vocab_size; }
@@ -270,11 +281,34 @@ TEST_P(Equality, DecodeBatchOfEverySizeGivesTheBitsOfAlone) {
 // Where the state is carried
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Moves bytes between extents of any two engines through the host, as a hand-off does.
+void CopyExtent(const Engine& source, const CacheExtent& from, const Engine& target, const CacheExtent& to) {
+  std::vector<uint8_t> bytes(from.data, from.data + (source.options().device == DeviceKind::kCpu ? from.bytes : 0));
+  bytes.resize(from.bytes);
+  if (source.options().device == DeviceKind::kCuda) {
+    ASSERT_TRUE(CopyFromDevice(bytes.data(), from.data, from.bytes).ok());
+  }
+  if (target.options().device == DeviceKind::kCuda) {
+    ASSERT_TRUE(CopyToDevice(to.data, bytes.data(), to.bytes).ok());
+  } else {
+    std::memcpy(to.data, bytes.data(), to.bytes);
+  }
+}
+
+void FillExtent(const Engine& engine, const CacheExtent& extent, uint8_t byte) {
+  const std::vector<uint8_t> bytes(extent.bytes, byte);
+  if (engine.options().device == DeviceKind::kCuda) {
+    ASSERT_TRUE(CopyToDevice(extent.data, bytes.data(), extent.bytes).ok());
+  } else {
+    std::memcpy(extent.data, bytes.data(), extent.bytes);
+  }
+}
+
 // Gives `to` the state of `from` at `num_tokens`, byte by byte, into memory that held something else.
 void CarryState(Engine& source, SequenceId from, Engine& target, SequenceId to, int64_t max_tokens,
                 int64_t num_tokens) {
   // Whatever is read of what was not carried becomes NaN, in FP32 as in E4M3 and E8M0.
-  for (const CacheExtent& extent : target.Extents(to, max_tokens)) std::memset(extent.data, 0xff, extent.bytes);
+  for (const CacheExtent& extent : target.Extents(to, max_tokens)) FillExtent(target, extent, 0xff);
   const std::vector<CacheExtent> sent = source.Extents(from, num_tokens), placed = target.Extents(to, num_tokens);
   ASSERT_EQ(sent.size(), placed.size());
   ASSERT_FALSE(sent.empty());
@@ -284,7 +318,7 @@ void CarryState(Engine& source, SequenceId from, Engine& target, SequenceId to, 
     ASSERT_EQ(placed[i].index, sent[i].index);
     ASSERT_EQ(placed[i].bytes, sent[i].bytes);
     ASSERT_EQ(placed[i].page, sent[i].page);
-    std::memcpy(placed[i].data, sent[i].data, sent[i].bytes);
+    CopyExtent(source, sent[i], target, placed[i]);
   }
   const absl::Status committed = target.CommitImport(to, num_tokens);
   ASSERT_TRUE(committed.ok()) << committed.ToString();
@@ -297,6 +331,7 @@ int ContinueUntil(int n) { return std::max(n + 9, (n / 128 + 1) * 128 + 2); }
 class StateTransfer : public testing::TestWithParam<Subject> {
  protected:
   void SetUp() override {
+    if (GetParam().device == DeviceKind::kCuda && !CudaMissing().empty()) GTEST_SKIP() << CudaMissing();
     EngineOptions options = Options(GetParam());
     options.mtp = true;  // its window and the last streams are part of the state
     source_ = MakeEngine(GetParam().model, options);
@@ -443,10 +478,6 @@ TEST_P(Equality, AnyPartitionOfExpertsGivesTheBitsOfAllLocal) {
   options.mtp = true;
   const std::vector<int32_t> tokens = NoteTokens(GetParam(), kTokens);
   Observed reference;
-  {
-    const std::unique_ptr<Engine> local = MakeEngine(GetParam().model, options);
-    reference = RunFresh(*local, {.tokens = tokens});
-  }
   const int num_experts = OpenModel(GetParam().model)->config().n_routed_experts;
   const auto experts_where = [&](auto predicate) {
     std::vector<int> experts;
@@ -455,6 +486,14 @@ TEST_P(Equality, AnyPartitionOfExpertsGivesTheBitsOfAllLocal) {
     return experts;
   };
   const auto all = experts_where([](int) { return true; });
+  {
+    // A pool computes on the CPU: beside another device the reference is a pool that nobody shares.
+    PartitionedExperts whole(GetParam(), {all}, 0);
+    if (GetParam().device != DeviceKind::kCpu) options.exchange = &whole;
+    const std::unique_ptr<Engine> local = MakeEngine(GetParam().model, options);
+    reference = RunFresh(*local, {.tokens = tokens});
+    options.exchange = nullptr;
+  }
   std::map<std::string, std::vector<std::vector<int>>> partitions;
   partitions["one member"] = {all};
   partitions["halves"] = {experts_where([&](int e) { return e < num_experts / 2; }),
@@ -510,6 +549,53 @@ constexpr Subject kSubjects[] = {{"DemoExact", kDemoModel, Numerics::kExact},
 INSTANTIATE_TEST_SUITE_P(All, Equality, testing::ValuesIn(kSubjects),
                          [](const auto& param_info) { return param_info.param.name; });
 INSTANTIATE_TEST_SUITE_P(All, StateTransfer, testing::ValuesIn(kSubjects),
+                         [](const auto& param_info) { return param_info.param.name; });
+
+// One layout, one set of bytes: a prompt prefilled by one backend is decoded by the other. Not the same bits as one
+// backend alone (their sums differ in order), but the same answer.
+TEST(CudaStateTransfer, BetweenBackendsContinuesWithTheSameAnswer) {
+  if (!CudaMissing().empty()) GTEST_SKIP() << CudaMissing();
+  EngineOptions options = Options({"", kDemoModel, Numerics::kRelease});
+  options.mtp = true;
+  const std::unique_ptr<Engine> cpu = MakeEngine(kDemoModel, options);
+  options.device = DeviceKind::kCuda;
+  const std::unique_ptr<Engine> cuda = MakeEngine(kDemoModel, options);
+  ASSERT_EQ(cpu->layout().Id(), cuda->layout().Id());
+  ASSERT_NE(cpu->CompatibilityHash(), cuda->CompatibilityHash()) << "they must not pair by themselves";
+  constexpr int kTotal = 620;
+  const std::vector<int32_t> tokens = NoteTokens({"", kDemoModel, Numerics::kRelease}, kTotal);
+  const Observed reference = RunFresh(*cpu, {.tokens = tokens});
+  const int64_t vocab = cpu->config().vocab_size;
+  for (const int n : {1, 127, 130, 258, 600}) {
+    for (const bool to_cuda : {true, false}) {
+      SCOPED_TRACE(absl::StrCat(n, to_cuda ? " tokens to CUDA" : " tokens to the CPU"));
+      Engine &source = to_cuda ? *cpu : *cuda, &target = to_cuda ? *cuda : *cpu;
+      const SequenceId from = *source.NewSequence(kTotal), to = *target.NewSequence(kTotal);
+      Continue(source, from, {.tokens = absl::MakeConstSpan(tokens).first(n)});
+      CarryState(source, from, target, to, kTotal, n);
+      ASSERT_FALSE(HasFatalFailure());
+      const Observed found = Continue(target, to, {.tokens = absl::MakeConstSpan(tokens).subspan(n, 20)});
+      double difference = 0;
+      for (int i = 0; i < 20; ++i) {
+        const auto row = [&](const std::vector<float>& logits, int at) {
+          return LogProbabilities(absl::MakeConstSpan(logits).subspan(at * vocab, vocab));
+        };
+        const std::vector<double> ours = row(found.logits, i), theirs = row(reference.logits, n + i);
+        const auto best = std::max_element(theirs.begin(), theirs.end()) - theirs.begin();
+        difference += std::abs(ours[best] - theirs[best]) / 20;
+      }
+      EXPECT_LT(difference, 0.02) << "log-probability of the best token, mean of 20";
+      source.Release(from);
+      target.Release(to);
+    }
+  }
+}
+
+constexpr Subject kCudaSubjects[] = {{"DemoRelease", kDemoModel, Numerics::kRelease, DeviceKind::kCuda}};
+
+INSTANTIATE_TEST_SUITE_P(Cuda, Equality, testing::ValuesIn(kCudaSubjects),
+                         [](const auto& param_info) { return param_info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Cuda, StateTransfer, testing::ValuesIn(kCudaSubjects),
                          [](const auto& param_info) { return param_info.param.name; });
 
 }  // namespace

@@ -184,21 +184,28 @@ TEST(DemoModelExact, AllTwentyGreedyContinuationsAreIdentical) {
 // look at the other statistics before blaming a kernel that misses the bound in this row alone. The FIM case is
 // nonsense to the model and chaotic (the oracle itself, with another order of summation, turns an argmax that led by
 // 0.52): it counts neither for log-probabilities nor for argmax.
-constexpr double kStreamsAfterLayer0 = 0.0005;
-constexpr double kStreamsAfterLayer1 = 0.006;
-constexpr double kStreamsAfterLast = 0.025;
-constexpr double kSelectionOverlap = 0.93;
+struct Bounds {
+  double streams_after_layer0 = 0.0005;
+  double streams_after_layer1 = 0.006;
+  double streams_after_last = 0.025;
+  double equal_values_after_layer0 = 0.99;
+  double equal_values_after_layer1 = 0.92;
+  double mean_logprob_difference = 0.0004;
+  double least_selection_overlap = 0.93;
+};
+constexpr Bounds kCpuBounds;
+// Tensor cores sum FP8 products with fewer bits, which shifts roundings from layer 0 on: values equal to the bit are not
+// asked for, and streams get room. With plain products 0.00 %, 0.18 %, 1.5 %, 0.00026 were seen, and 116 of 128 entries
+// in the row with least room.
+constexpr Bounds kCudaBounds = {0.003, 0.01, 0.035, 0, 0, 0.0008, 0.88};
 constexpr double kMeanSelectionOverlap = 0.96;
 constexpr double kEqualExpertRows = 0.97;
-constexpr double kLogprobDifference = 0.0004;
 constexpr double kMargin = 0.1;
 // Three statistics sharper than the above, for what those cannot see. Stream values equal to the bit: after layer 0,
 // where nothing was amplified yet, 100 % in the median case between right implementations; after layer 1, the first
 // with compressed entries, 100 % in the median row (80 % if entries are not rounded). And selections of layer 1 at
 // positions where rounding the index scores to BF16 changed the outcome (golden_selection): a right implementation
 // repeats most of them, one that forgets to round repeats none.
-constexpr double kEqualValuesAfterLayer0 = 0.99;
-constexpr double kEqualValuesAfterLayer1 = 0.92;
 constexpr double kRepeatedSelections = 0.5;
 
 struct ReleaseStatistics {
@@ -227,7 +234,7 @@ struct ReleaseStatistics {
 };
 
 // The bounds that do not hold, each with what was found.
-std::vector<std::string> BrokenBounds(const ReleaseStatistics& s) {
+std::vector<std::string> BrokenBounds(const ReleaseStatistics& s, const Bounds& bounds = kCpuBounds) {
   std::vector<std::string> broken;
   const auto at_most = [&](const char* what, double value, double bound) {
     if (!(value <= bound)) broken.push_back(absl::StrFormat("%s: %.6f > %.6f", what, value, bound));
@@ -235,16 +242,16 @@ std::vector<std::string> BrokenBounds(const ReleaseStatistics& s) {
   const auto at_least = [&](const char* what, double value, double bound) {
     if (!(value >= bound)) broken.push_back(absl::StrFormat("%s: %.6f < %.6f", what, value, bound));
   };
-  at_most("streams after layer 0", s.streams_after_layer0, kStreamsAfterLayer0);
-  at_most("streams after layer 1", s.streams_after_layer1, kStreamsAfterLayer1);
-  at_most("streams after the last layer", s.streams_after_last, kStreamsAfterLast);
-  at_least("equal values after layer 0", s.equal_values_after_layer0, kEqualValuesAfterLayer0);
-  at_least("equal values after layer 1", s.equal_values_after_layer1, kEqualValuesAfterLayer1);
+  at_most("streams after layer 0", s.streams_after_layer0, bounds.streams_after_layer0);
+  at_most("streams after layer 1", s.streams_after_layer1, bounds.streams_after_layer1);
+  at_most("streams after the last layer", s.streams_after_last, bounds.streams_after_last);
+  at_least("equal values after layer 0", s.equal_values_after_layer0, bounds.equal_values_after_layer0);
+  at_least("equal values after layer 1", s.equal_values_after_layer1, bounds.equal_values_after_layer1);
   at_least("repeated selections", s.repeated_selections, kRepeatedSelections);
-  at_least("least selection overlap", s.least_selection_overlap, kSelectionOverlap);
+  at_least("least selection overlap", s.least_selection_overlap, bounds.least_selection_overlap);
   at_least("mean selection overlap", s.mean_selection_overlap, kMeanSelectionOverlap);
   at_least("equal expert rows", s.equal_expert_rows, kEqualExpertRows);
-  at_most("difference of log-probabilities", s.logprob_difference, kLogprobDifference);
+  at_most("difference of log-probabilities", s.logprob_difference, bounds.mean_logprob_difference);
   for (const std::string& difference : s.argmax_differences) broken.push_back("argmax: " + difference);
   return broken;
 }
@@ -406,12 +413,50 @@ TEST(DemoModelRelease, StaysWithinEveryBoundOfTheReleaseGoldens) {
   EXPECT_EQ(statistics.num_tokens, 632 - 55);
 }
 
+TEST(CudaDemoModelRelease, StaysWithinEveryBoundOfTheReleaseGoldens) {
+  if (!CudaMissing().empty()) GTEST_SKIP() << CudaMissing();
+  const std::unique_ptr<Engine> engine =
+      MakeEngine(kDemoModel, {.numerics = Numerics::kRelease, .device = DeviceKind::kCuda});
+  const ReleaseStatistics statistics = CompareWithReleaseGoldens(*engine, Cases::kAll);
+  absl::PrintF("%s\n", statistics.ToString());
+  EXPECT_THAT(BrokenBounds(statistics, kCudaBounds), testing::IsEmpty());
+  EXPECT_EQ(statistics.num_stream_cases, 6);
+  EXPECT_EQ(statistics.num_tokens, 632 - 55);
+}
+
+// Greedy answers part where two tokens are nearly as good; nowhere else.
+TEST(CudaDemoModelRelease, GreedyAnswersAreTheCpusUnlessTheMarginIsSmall) {
+  if (!CudaMissing().empty()) GTEST_SKIP() << CudaMissing();
+  const json cases = ReadJson(absl::StrCat(kDemoGoldens, "/golden_greedy.json"));
+  const std::unique_ptr<Engine> cpu = MakeEngine(kDemoModel, {.numerics = Numerics::kRelease});
+  const std::unique_ptr<Engine> cuda =
+      MakeEngine(kDemoModel, {.numerics = Numerics::kRelease, .device = DeviceKind::kCuda});
+  int equal = 0;
+  for (size_t n = 0; n < cases.size(); ++n) {
+    SCOPED_TRACE(absl::StrCat("case ", n));
+    const auto prompt = cases[n]["prompt_ids"].get<std::vector<int32_t>>();
+    const size_t num_tokens = std::min<size_t>(cases[n]["greedy_ids"].size(), 64);
+    const std::vector<SampledToken> ours = DecodeGreedily(*cuda, prompt, num_tokens);
+    const std::vector<SampledToken> theirs = DecodeGreedily(*cpu, prompt, num_tokens);
+    size_t i = 0;
+    while (i < num_tokens && ours[i].id == theirs[i].id) ++i;
+    if (i == num_tokens) {
+      ++equal;
+      continue;
+    }
+    EXPECT_LT(theirs[i].top[0].second - theirs[i].top[1].second, 0.05)
+        << "token " << i << ": " << ours[i].id << " instead of " << theirs[i].id;
+  }
+  absl::PrintF("%d of %d answers equal\n", equal, cases.size());
+  EXPECT_GE(equal, 15);
+}
+
 TEST(DemoModelRelease, ExactNumericsBreakTheBounds) {
   const std::unique_ptr<Engine> engine = MakeEngine(kDemoModel, {.numerics = Numerics::kExact});
   const ReleaseStatistics statistics = CompareWithReleaseGoldens(*engine, Cases::kShortDetailed);
   absl::PrintF("%s\n", statistics.ToString());
-  EXPECT_GT(statistics.streams_after_layer0, kStreamsAfterLayer0);
-  EXPECT_GT(statistics.streams_after_layer1, kStreamsAfterLayer1);
+  EXPECT_GT(statistics.streams_after_layer0, kCpuBounds.streams_after_layer0);
+  EXPECT_GT(statistics.streams_after_layer1, kCpuBounds.streams_after_layer1);
 }
 
 struct RoundingPoint {

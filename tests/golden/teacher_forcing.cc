@@ -81,6 +81,15 @@ std::unique_ptr<Engine> MakeEngine(const std::string& model_dir, EngineOptions o
   return std::move(*engine);
 }
 
+const std::string& CudaMissing() {
+  static const std::string& why = *new std::string([] {
+    const absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(
+        OpenModel(kDemoModel), {.device = DeviceKind::kCuda, .cache_pages = 1, .max_sequences = 1, .max_batch_tokens = 1});
+    return engine.ok() ? std::string() : std::string(engine.status().message());
+  }());
+  return why;
+}
+
 Observed RunFresh(Engine& engine, const Pass& pass) {
   absl::StatusOr<SequenceId> sequence = engine.NewSequence(static_cast<int64_t>(pass.tokens.size()));
   CHECK(sequence.ok(), sequence.status().ToString());

@@ -26,6 +26,9 @@ inline constexpr char kDemoGoldens[] = "tests/data/demo";
 std::shared_ptr<const Checkpoint> OpenModel(const std::string& model_dir);
 std::unique_ptr<Engine> MakeEngine(const std::string& model_dir, EngineOptions options);
 
+// Why there is no CUDA engine on this machine (one line), or empty. Suites of another device are skipped by it.
+const std::string& CudaMissing();
+
 // What was seen at the wanted positions, in the order given.
 struct Observed {
   std::vector<int32_t> positions;

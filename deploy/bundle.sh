@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Packs what is needed to run Millrace and its GPU tests on a machine that has a card and nothing of ours: the binaries
+# of preset cuda, the shared libraries they load (all but glibc), the demo model and its goldens.
+#
+#   deploy/bundle.sh                   build/millrace-gpu.tar.xz, below 30 MB
+#   deploy/bundle.sh --no-data         without model and goldens, for use inside a checkout
+#   deploy/bundle.sh --out FILE
+#
+# There: tar xf millrace-gpu.tar.xz && millrace-gpu/tests/gpu.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+BINARIES=(millrace ops_cuda_test golden_test equality_test)
+STAGE="$(mktemp -d)"
+trap 'rm -rf "$STAGE"' EXIT
+
+main() {
+  local out=build/millrace-gpu.tar.xz data=1
+  while (($#)); do
+    case "$1" in
+      --no-data) data=0 ;;
+      --out) out="$2"; shift ;;
+      *) sed -n '6,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    esac
+    shift
+  done
+  local root="$STAGE/millrace-gpu" binary
+  mkdir -p "$root/bin" "$root/lib" "$root/tests"
+  for binary in "${BINARIES[@]}"; do
+    [[ -x build/cuda/bin/$binary ]] ||
+      { echo "bundle: build/cuda/bin/$binary is missing; cmake --preset cuda && cmake --build --preset cuda" >&2; exit 1; }
+    strip -o "$root/bin/$binary" "build/cuda/bin/$binary"
+  done
+  copy_libraries "$root"
+  cp tests/gpu.sh "$root/tests/"
+  if ((data)); then
+    mkdir -p "$root/deploy/demo" "$root/tests/data"
+    cp -r deploy/demo/model deploy/demo/cluster.json "$root/deploy/demo/"
+    cp -r tests/data/demo "$root/tests/data/"
+  fi
+  tar -C "$STAGE" -cf - millrace-gpu | xz -T0 -6 > "$out"
+  echo "bundle: $out, $(du -h "$out" | cut -f1)"
+}
+
+# glibc's own parts must be the machine's: they go with its kernel and its loader. UCX opens its transports by name.
+copy_libraries() {
+  local root="$1" path
+  ldd "${BINARIES[@]/#/build/cuda/bin/}" | awk '/=> \//{print $3}' | sort -u |
+    grep -vE '/(libc|libm|libdl|librt|libpthread|libresolv|ld-linux[^/]*)\.so' |
+    while read -r path; do strip -o "$root/lib/$(basename "$path")" "$path"; done
+  if [[ -d /usr/lib/x86_64-linux-gnu/ucx ]]; then
+    mkdir -p "$root/lib/ucx"
+    cp -L /usr/lib/x86_64-linux-gnu/ucx/lib*.so.0 "$root/lib/ucx/"
+  fi
+}
+
+main "$@"

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: Apache-2.0
+// Engine on one CUDA device: memory from a printed budget, one stream, one upload a pass.
+//
+// A pass is described to the device by one copy of a page-locked block: ids, positions, which sequence a row belongs
+// to, where its slot and block table lie. Block tables go up once, when a sequence is made. Everything else of a pass
+// stays on the device until its logits come back. The order of operations is model/cuda_forward.cc's, sequences and
+// checks are paged_engine.h's.
+#include "engine/cuda_engine.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "engine/device/cuda_device.h"
+#include "engine/model/cuda_forward.h"
+#include "engine/ops/rounding.h"
+#include "engine/paged_engine.h"
+#include "engine/status.h"
+
+namespace millrace {
+namespace {
+
+using cuda::Bf16;
+
+// Raised whenever a change of the CUDA kernels changes bits.
+constexpr int kCudaKernelRevision = 1;
+
+// Rows of logits that exist at a time: 64 rows of the released vocabulary are 33 MB.
+constexpr int64_t kLogitRows = 64;
+
+// The kernels' own limits, each named with what was found.
+absl::Status CheckShapes(const ModelConfig& c) {
+  const auto at_most = [](const char* name, int64_t found, int64_t most) {
+    return found <= most ? absl::OkStatus()
+                         : absl::FailedPreconditionError(
+                               absl::StrCat("device: cuda takes ", name, " up to ", most, ", the model has ", found));
+  };
+  RETURN_IF_ERROR(at_most("hidden_size", c.hidden_size, 8192));
+  RETURN_IF_ERROR(at_most("moe_intermediate_size", c.moe_intermediate_size, 8192));
+  RETURN_IF_ERROR(at_most("index_n_heads", c.index_n_heads, 256));
+  RETURN_IF_ERROR(at_most("n_routed_experts", c.n_routed_experts, cuda::kMaxExperts));
+  RETURN_IF_ERROR(at_most("num_experts_per_tok", c.num_experts_per_tok, cuda::kMaxTopK));
+  if (c.num_attention_heads % 4 != 0) {
+    return absl::FailedPreconditionError(absl::StrCat("device: cuda takes num_attention_heads in multiples of 4, the ",
+                                                      "model has ", c.num_attention_heads));
+  }
+  return absl::OkStatus();
+}
+
+std::string Mebibytes(int64_t bytes) {
+  return absl::StrFormat("%.1f MiB", static_cast<double>(bytes) / static_cast<double>(1 << 20));
+}
+
+// The rows of a pass as they lie in one block of memory; laid out twice, over the host's copy and the device's.
+struct PassBlock {
+  int32_t *token_ids = nullptr, *positions = nullptr, *row_sequence = nullptr;
+  cuda::SequenceView* sequences = nullptr;
+
+  static PassBlock LayOut(cuda::Bump& bump, int64_t rows, int sequences) {
+    return {bump.Take<int32_t>(rows), bump.Take<int32_t>(rows), bump.Take<int32_t>(rows),
+            bump.Take<cuda::SequenceView>(sequences)};
+  }
+};
+
+struct UploadBlock {
+  PassBlock backbone, mtp;
+  int32_t* backbone_sequence = nullptr;  // of the MTP pass's sequences
+  int32_t* logit_rows = nullptr;
+  int64_t bytes = 0;
+
+  // At most two wanted rows a row: a logit row that is sampled too is asked for twice.
+  static UploadBlock LayOut(uint8_t* base, int64_t rows, int sequences) {
+    cuda::Bump bump(base);
+    UploadBlock b;
+    b.backbone = PassBlock::LayOut(bump, rows, sequences);
+    b.mtp = PassBlock::LayOut(bump, rows, sequences);
+    b.backbone_sequence = bump.Take<int32_t>(sequences);
+    b.logit_rows = bump.Take<int32_t>(2 * rows);
+    b.bytes = bump.used();
+    return b;
+  }
+};
+
+class CudaEngine : public PagedEngine {
+ public:
+  CudaEngine(std::shared_ptr<const Checkpoint> checkpoint, EngineOptions options)
+      : PagedEngine(checkpoint, options, CacheLayout::Make(checkpoint->config(), Numerics::kRelease, options.mtp)) {}
+
+  absl::Status Init() {
+    RETURN_IF_ERROR(CheckShapes(config()));
+    ASSIGN_OR_RETURN(const cuda::DeviceInfo device, cuda::OpenDevice(0));
+    limits_.rows = options_.max_batch_tokens;
+    limits_.sequences = options_.max_sequences;
+    limits_.max_tokens = std::min(options_.max_context_tokens, options_.cache_pages * kPageTokens);
+    limits_.logit_rows = std::min<int64_t>(kLogitRows, limits_.rows);
+    limits_.mtp = options_.mtp;
+    limits_.local_experts = options_.exchange == nullptr;
+    table_pages_ = (limits_.max_tokens + kPageTokens - 1) / kPageTokens;
+
+    // The budget: everything the engine will ever hold on the device.
+    const UploadBlock upload = UploadBlock::LayOut(nullptr, limits_.rows, limits_.sequences);
+    weight_bytes_ = cuda::ModelWeights::Bytes(*checkpoint_, options_.mtp, limits_.local_experts);
+    const int64_t pages = options_.cache_pages * layout_.page_bytes;
+    const int64_t slots = options_.max_sequences * layout_.slot_bytes;
+    const int64_t workspace = cuda::CudaForward::WorkspaceBytes(config(), limits_);
+    const int64_t tables = options_.max_sequences * table_pages_ * int64_t{4} + upload.bytes;
+    const int64_t total = weight_bytes_ + pages + slots + workspace + tables;
+    const std::string budget = absl::StrCat(
+        device.name, ": weights ", Mebibytes(weight_bytes_), ", ", options_.cache_pages, " pages ", Mebibytes(pages),
+        ", ", options_.max_sequences, " slots ", Mebibytes(slots), ", workspace ", Mebibytes(workspace + tables), "; ",
+        Mebibytes(total), " of ", Mebibytes(device.free_bytes), " free");
+    if (total > device.free_bytes) {
+      return absl::ResourceExhaustedError(absl::StrCat("device memory: ", budget));
+    }
+    if (options_.notice) options_.notice(budget);
+    ASSIGN_OR_RETURN(weights_memory_, cuda::DeviceBuffer::Take(weight_bytes_, "weights"));
+    ASSIGN_OR_RETURN(pages_memory_, cuda::DeviceBuffer::Take(pages, "cache pages"));
+    ASSIGN_OR_RETURN(slots_memory_, cuda::DeviceBuffer::Take(slots, "state slots"));
+    ASSIGN_OR_RETURN(workspace_memory_, cuda::DeviceBuffer::Take(workspace, "workspace"));
+    ASSIGN_OR_RETURN(tables_memory_,
+                     cuda::DeviceBuffer::Take(options_.max_sequences * table_pages_ * int64_t{4}, "block tables"));
+    ASSIGN_OR_RETURN(upload_memory_, cuda::DeviceBuffer::Take(upload.bytes, "pass"));
+    ASSIGN_OR_RETURN(upload_staging_, cuda::PinnedBuffer::Take(upload.bytes, "pass"));
+    ASSIGN_OR_RETURN(logits_staging_, cuda::PinnedBuffer::Take(limits_.logit_rows * config().vocab_size * 4, "logits"));
+    pages_base_ = pages_memory_.data();
+    slots_base_ = slots_memory_.data();
+    host_ = UploadBlock::LayOut(upload_staging_.data(), limits_.rows, limits_.sequences);
+    device_ = UploadBlock::LayOut(upload_memory_.data(), limits_.rows, limits_.sequences);
+
+    stream_ = std::make_unique<cuda::Stream>();
+    cuda::Bump bump(weights_memory_.data());
+    ASSIGN_OR_RETURN(
+        cuda::ModelWeights weights,
+        cuda::ModelWeights::Load(*checkpoint_, options_.mtp, limits_.local_experts, bump, options_.progress));
+    ASSIGN_OR_RETURN(forward_, cuda::CudaForward::Create(config(), layout_, std::move(weights), limits_,
+                                                         workspace_memory_.data(), options_.exchange, *stream_));
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::vector<ChunkOutput>> Forward(absl::Span<const Chunk> chunks,
+                                                   const ForwardOptions& options) override {
+    RETURN_IF_ERROR(CheckChunks(chunks));
+    std::vector<ChunkOutput> out(chunks.size());
+    if (chunks.empty()) return out;
+    const absl::Status status = Run(chunks, options, out);
+    if (!status.ok()) stream_->Wait();  // nothing of the pass may still run when its sequences are released
+    Finish(chunks, status.ok());
+    if (!status.ok()) return status;
+    return out;
+  }
+
+  std::string KernelSet() const override { return absl::StrCat("cuda/sm90/", kCudaKernelRevision); }
+
+ private:
+  // Experts in a pool are computed by other kernels than the device's own: such engines do not mix with others.
+  std::string HashDetail() const override { return options_.exchange == nullptr ? "own experts" : "pool experts"; }
+
+  int32_t* BlockTable(const Sequence& s) const {
+    return reinterpret_cast<int32_t*>(tables_memory_.data()) + s.reservation.slot() * table_pages_;
+  }
+
+  void Prepare(const Sequence& s) override {
+    const absl::Span<const int32_t> table = s.reservation.block_table();
+    CUDA_CHECK(cudaMemcpyAsync(BlockTable(s), table.data(), table.size() * 4, cudaMemcpyHostToDevice, stream_->get()));
+    for (uint8_t* page : s.pages) CUDA_CHECK(cudaMemsetAsync(page, 0, layout_.page_bytes, stream_->get()));
+    CUDA_CHECK(cudaMemsetAsync(s.slot, 0, layout_.slot_bytes, stream_->get()));
+    stream_->Wait();  // a transfer may write here next, on a stream of its own
+  }
+
+  const int32_t* TableOf(const uint8_t* slot) const {
+    return reinterpret_cast<const int32_t*>(tables_memory_.data()) +
+           (slot - slots_base_) / layout_.slot_bytes * table_pages_;
+  }
+
+  void Fill(const PassRows& pass, const PassBlock& block) const {
+    for (size_t i = 0; i < pass.sequences.size(); ++i) {
+      const SequenceRows& s = pass.sequences[i];
+      block.sequences[i] = {s.row, s.count, s.start, s.slot, TableOf(s.slot)};
+      std::fill_n(block.row_sequence + s.row, s.count, static_cast<int32_t>(i));
+    }
+    for (size_t r = 0; r < pass.ids.size(); ++r) {
+      block.token_ids[r] = pass.ids[r];
+      block.positions[r] = static_cast<int32_t>(pass.positions[r]);
+    }
+  }
+
+  cuda::PassView View(const PassBlock& block, int64_t rows, size_t sequences) const {
+    return {
+        rows,        static_cast<int>(sequences), block.token_ids, block.positions, block.row_sequence, block.sequences,
+        pages_base_, layout_.page_bytes};
+  }
+
+  absl::Status Run(absl::Span<const Chunk> chunks, const ForwardOptions& options, std::vector<ChunkOutput>& out) {
+    const PassRows rows = MakePass(chunks);
+    Fill(rows, host_.backbone);
+    PassRows mtp_rows;
+    std::vector<int32_t> owners;
+    if (options_.mtp) {
+      mtp_rows = MakeMtpPass(rows, owners);
+      Fill(mtp_rows, host_.mtp);
+      for (size_t i = 0; i < mtp_rows.sequences.size(); ++i) {
+        host_.backbone_sequence[i] = owners[mtp_rows.sequences[i].row];
+      }
+    }
+    int64_t num_logits = 0;
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const int32_t first = static_cast<int32_t>(rows.sequences[i].row);
+      for (int32_t r : chunks[i].logit_rows) host_.logit_rows[num_logits++] = first + r;
+      if (chunks[i].sampling != nullptr) {
+        host_.logit_rows[num_logits++] = first + static_cast<int32_t>(rows.sequences[i].count) - 1;
+      }
+    }
+    CUDA_CHECK(cudaMemcpyAsync(upload_memory_.data(), upload_staging_.data(), host_.bytes, cudaMemcpyHostToDevice,
+                               stream_->get()));
+
+    const cuda::PassView pass = View(device_.backbone, static_cast<int64_t>(rows.ids.size()), rows.sequences.size());
+    Watch watch(*this, options, rows);
+    RETURN_IF_ERROR(forward_->Forward(pass, watch.wanted() ? &watch : nullptr));
+    if (!mtp_rows.ids.empty()) {
+      const cuda::PassView mtp =
+          View(device_.mtp, static_cast<int64_t>(mtp_rows.ids.size()), mtp_rows.sequences.size());
+      RETURN_IF_ERROR(forward_->ForwardMtp(mtp, pass, device_.backbone_sequence));
+      if (options.tap != nullptr) TellMtp(chunks, mtp_rows, owners, *options.tap);
+    }
+    forward_->StoreStreams(pass);
+    TakeLogits(chunks, num_logits, out);
+    stream_->Wait();
+    return absl::OkStatus();
+  }
+
+  void TakeLogits(absl::Span<const Chunk> chunks, int64_t num_logits, std::vector<ChunkOutput>& out) {
+    const int64_t vocab = config().vocab_size;
+    size_t chunk = 0;
+    int64_t taken = 0;  // of the chunk's rows
+    const auto rows_of = [&](size_t i) {
+      return static_cast<int64_t>(chunks[i].logit_rows.size()) + (chunks[i].sampling != nullptr ? 1 : 0);
+    };
+    ForTiles(num_logits, [&](int64_t first, int64_t num) {
+      const float* logits = CopyBack(forward_->Logits(device_.logit_rows + first, num), num);
+      for (int64_t i = 0; i < num; ++i, ++taken) {
+        while (taken == rows_of(chunk)) {
+          ++chunk;
+          taken = 0;
+        }
+        const float* row = logits + i * vocab;
+        if (taken < static_cast<int64_t>(chunks[chunk].logit_rows.size())) {
+          out[chunk].logits.insert(out[chunk].logits.end(), row, row + vocab);
+        } else {
+          out[chunk].sampled = Sample({row, static_cast<size_t>(vocab)}, *chunks[chunk].sampling);
+        }
+      }
+    });
+  }
+
+  void TellMtp(absl::Span<const Chunk> chunks, const PassRows& pass, const std::vector<int32_t>& owners,
+               ForwardTap& tap) {
+    // The rows are 0, 1, 2 ...: the block's logit rows are not needed again until the backbone's logits are.
+    const int64_t rows = static_cast<int64_t>(pass.ids.size()), vocab = config().vocab_size;
+    std::vector<int32_t> saved(host_.logit_rows, host_.logit_rows + rows);
+    stream_->Wait();
+    for (int64_t r = 0; r < rows; ++r) host_.logit_rows[r] = static_cast<int32_t>(r);
+    UploadLogitRows(rows);
+    ForTiles(rows, [&](int64_t first, int64_t num) {
+      const float* logits = CopyBack(forward_->MtpLogits(device_.logit_rows + first, num), num);
+      for (int64_t i = 0; i < num; ++i) {
+        tap.OnMtpLogits(chunks[owners[first + i]].sequence, pass.positions[first + i], logits + i * vocab);
+      }
+    });
+    std::copy(saved.begin(), saved.end(), host_.logit_rows);
+    UploadLogitRows(rows);
+  }
+
+  void UploadLogitRows(int64_t count) {
+    CUDA_CHECK(
+        cudaMemcpyAsync(device_.logit_rows, host_.logit_rows, count * 4, cudaMemcpyHostToDevice, stream_->get()));
+    stream_->Wait();
+  }
+
+  template <typename Body>
+  void ForTiles(int64_t rows, Body body) const {
+    for (int64_t first = 0; first < rows; first += limits_.logit_rows) {
+      body(first, std::min(limits_.logit_rows, rows - first));
+    }
+  }
+
+  const float* CopyBack(const float* logits, int64_t rows) {
+    CUDA_CHECK(cudaMemcpyAsync(logits_staging_.data(), logits, rows * config().vocab_size * 4, cudaMemcpyDeviceToHost,
+                               stream_->get()));
+    stream_->Wait();
+    return reinterpret_cast<const float*>(logits_staging_.data());
+  }
+
+  // Brings back what a tap or a sender wants to see, layer by layer; a pass that nobody watches has none.
+  class Watch : public cuda::ForwardHooks {
+   public:
+    Watch(CudaEngine& engine, const ForwardOptions& options, const PassRows& rows)
+        : engine_(engine), options_(options), rows_(rows) {}
+    bool wanted() const { return options_.tap != nullptr || options_.on_layer_done; }
+
+    void OnExperts(int layer, const int32_t* experts, int64_t rows) override {
+      if (options_.tap == nullptr) return;
+      options_.tap->OnExperts(layer, Fetch(experts, rows * engine_.config().num_experts_per_tok).data(), rows);
+    }
+
+    void OnSelection(int layer, cuda::SelectionView selection, int64_t rows) override {
+      if (options_.tap == nullptr) return;
+      bool all = true;
+      for (const SequenceRows& s : rows_.sequences) all &= (s.start + s.count) / 4 <= selection.topk;
+      if (all) return;
+      const std::vector<int32_t> entries = Fetch(selection.entries, rows * selection.topk);
+      const std::vector<int32_t> counts = Fetch(selection.counts, rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        options_.tap->OnSelection(
+            layer, r, absl::MakeConstSpan(entries).subspan(r * selection.topk, static_cast<size_t>(counts[r])));
+      }
+    }
+
+    void OnLayer(int layer, const Bf16* streams, int64_t rows) override {
+      if (options_.tap != nullptr) {
+        const std::vector<uint16_t> bits =
+            Fetch(reinterpret_cast<const uint16_t*>(streams), rows * cuda::kStreams * engine_.config().hidden_size);
+        std::vector<float> values(bits.size());
+        std::transform(bits.begin(), bits.end(), values.begin(), DecodeBf16);
+        options_.tap->OnStreams(layer, values.data(), rows);
+      }
+      if (options_.on_layer_done) {
+        engine_.stream_->Wait();
+        options_.on_layer_done(layer);
+      }
+    }
+
+   private:
+    template <typename T>
+    std::vector<T> Fetch(const T* device, int64_t count) {
+      std::vector<T> host(count);
+      CUDA_CHECK(
+          cudaMemcpyAsync(host.data(), device, count * sizeof(T), cudaMemcpyDeviceToHost, engine_.stream_->get()));
+      engine_.stream_->Wait();
+      return host;
+    }
+
+    CudaEngine& engine_;
+    const ForwardOptions& options_;
+    const PassRows& rows_;
+  };
+
+  cuda::ForwardLimits limits_;
+  int64_t table_pages_ = 0;
+  cuda::DeviceBuffer weights_memory_, pages_memory_, slots_memory_, workspace_memory_, tables_memory_, upload_memory_;
+  cuda::PinnedBuffer upload_staging_, logits_staging_;
+  UploadBlock host_, device_;
+  std::unique_ptr<cuda::Stream> stream_;
+  std::unique_ptr<cuda::CudaForward> forward_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> CreateCudaEngine(std::shared_ptr<const Checkpoint> checkpoint,
+                                                         EngineOptions options) {
+  if (options.numerics == Numerics::kExact) {
+    return absl::FailedPreconditionError("numerics: cuda computes in `release` only; `exact` runs on the cpu");
+  }
+  if (options.rounding.has_value() && !(*options.rounding == Rounding::All())) {
+    return absl::FailedPreconditionError("rounding: cuda has every rounding point and switches none off");
+  }
+  auto engine = std::make_unique<CudaEngine>(std::move(checkpoint), std::move(options));
+  RETURN_IF_ERROR(engine->Init());
+  return std::unique_ptr<Engine>(std::move(engine));
+}
+
+}  // namespace millrace

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+// The layer loop on the device: one call per step of docs/model.md.
+#include "engine/model/cuda_forward.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "engine/model/model.h"
+#include "engine/ops/cuda_norm_rope.h"
+#include "engine/ops/cuda_sparse_attention.h"
+#include "engine/ops/rounding.h"
+#include "engine/status.h"
+
+namespace millrace::cuda {
+namespace {
+
+// Index scores of a tile of rows may take this much; longer contexts are scored in more tiles of fewer rows.
+constexpr int64_t kScoreBytes = 256 << 20;
+
+RopeTable Table(const ModelConfig& config, bool compressed) {
+  RopeTable table;
+  std::copy_n(MakeRope(config, compressed).f, 32, table.f);
+  return table;
+}
+
+}  // namespace
+
+CudaForward::Activations CudaForward::LayOut(Bump& bump, const ModelConfig& c, const ForwardLimits& limits) {
+  const int64_t t = limits.rows, hidden = c.hidden_size, heads = c.num_attention_heads, k = c.num_experts_per_tok;
+  const int64_t low_rank = int64_t{c.o_groups} * c.o_lora_rank;
+  const int64_t widest = std::max(
+      {hidden * (limits.mtp ? kStreams : 1), low_rank, int64_t{c.q_lora_rank}, int64_t{c.moe_intermediate_size}});
+  Activations a;
+  a.streams = bump.Take<Bf16>(t * kStreams * hidden);
+  a.u = bump.Take<Bf16>(t * hidden);
+  a.sublayer = bump.Take<Bf16>(t * hidden);
+  a.mixes = bump.Take<float>(t * (2 + kStreams) * kStreams);
+  a.post = bump.Take<float>(t * kStreams);
+  a.comb = bump.Take<float>(t * kStreams * kStreams);
+  a.codes = bump.Take<uint8_t>(t * widest);
+  a.scales = bump.Take<float>(t * ((widest + 127) / 128 + kStreams));
+  a.qr = bump.Take<Bf16>(t * c.q_lora_rank);
+  a.q = bump.Take<Bf16>(t * heads * kHeadDim);
+  a.attn = bump.Take<Bf16>(t * heads * kHeadDim);
+  a.kv = bump.Take<Bf16>(t * kHeadDim);
+  a.low_rank = bump.Take<Bf16>(t * low_rank);
+  a.keys = bump.Take<Bf16>((t + int64_t{limits.sequences} * (kWindow - 1)) * kHeadDim);
+  a.comp_kv = bump.Take<float>(t * 2 * kHeadDim);
+  a.comp_score = bump.Take<float>(t * 2 * kHeadDim);
+  a.index_kv = bump.Take<float>(t * 2 * kIndexDim);
+  a.index_score = bump.Take<float>(t * 2 * kIndexDim);
+  a.index_q = bump.Take<Bf16>(t * c.index_n_heads * kIndexDim);
+  a.index_weights = bump.Take<Bf16>(t * c.index_n_heads);
+  a.index.q = bump.Take<int8_t>(t * c.index_n_heads * kIndexDim);
+  a.index.q_scales = bump.Take<float>(t * c.index_n_heads * 4);
+  a.index.max_entries = std::max<int64_t>(limits.max_tokens / 4, 1);
+  a.index.tile_rows = std::clamp<int64_t>(kScoreBytes / 2 / a.index.max_entries, 1, t);
+  a.index.scores = bump.Take<uint16_t>(a.index.tile_rows * a.index.max_entries);
+  a.selection.topk = c.index_topk;
+  a.selection.entries = bump.Take<int32_t>(t * c.index_topk);
+  a.selection.counts = bump.Take<int32_t>(t);
+  a.gate_logits = bump.Take<float>(t * c.n_routed_experts);
+  a.experts = bump.Take<int32_t>(t * k);
+  a.expert_weights = bump.Take<float>(t * k);
+  a.gate_out = bump.Take<Bf16>(t * c.moe_intermediate_size);
+  a.up_out = bump.Take<Bf16>(t * c.moe_intermediate_size);
+  a.shared = bump.Take<Bf16>(t * hidden);
+  a.expert_rows = bump.Take<Bf16>(t * k * hidden);
+  if (limits.local_experts) {
+    a.expert_workspace = bump.Take<uint8_t>(
+        ExpertWorkspaceBytes(c.n_routed_experts, hidden, c.moe_intermediate_size, static_cast<int>(k), t));
+  }
+  for (int kind = 0; kind < 2; ++kind) {
+    a.cos[kind] = bump.Take<float>(t * 32);
+    a.sin[kind] = bump.Take<float>(t * 32);
+  }
+  if (limits.mtp) {
+    a.e = bump.Take<Bf16>(t * hidden);
+    a.h = bump.Take<Bf16>(t * kStreams * hidden);
+    a.mtp_streams = bump.Take<Bf16>(t * kStreams * hidden);
+  }
+  a.picked = bump.Take<Bf16>(limits.logit_rows * kStreams * hidden);
+  a.z = bump.Take<Bf16>(limits.logit_rows * hidden);
+  a.logits = bump.Take<float>(limits.logit_rows * c.vocab_size);
+  return a;
+}
+
+int64_t CudaForward::WorkspaceBytes(const ModelConfig& config, const ForwardLimits& limits) {
+  Bump counting;
+  LayOut(counting, config, limits);
+  return counting.used();
+}
+
+CudaForward::CudaForward(const ModelConfig& config, const CacheLayout& layout, ModelWeights weights,
+                         const ForwardLimits& limits, uint8_t* workspace, ExpertExchange* exchange, Stream& stream)
+    : config_(config),
+      layout_(layout),
+      weights_(std::move(weights)),
+      limits_(limits),
+      exchange_(exchange),
+      stream_(stream),
+      hyper_{config.hc_sinkhorn_iters, static_cast<float>(config.hc_eps), static_cast<float>(config.rms_norm_eps)},
+      eps_(static_cast<float>(config.rms_norm_eps)),
+      rope_{Table(config, false), Table(config, true)} {
+  Bump bump(workspace);
+  a_ = LayOut(bump, config, limits);
+}
+
+absl::StatusOr<std::unique_ptr<CudaForward>> CudaForward::Create(const ModelConfig& config, const CacheLayout& layout,
+                                                                 ModelWeights weights, const ForwardLimits& limits,
+                                                                 uint8_t* workspace, ExpertExchange* exchange,
+                                                                 Stream& stream) {
+  std::unique_ptr<CudaForward> forward(
+      new CudaForward(config, layout, std::move(weights), limits, workspace, exchange, stream));
+  if (exchange != nullptr) {
+    const int64_t pairs = limits.rows * config.num_experts_per_tok;
+    const char* purpose = "rows of experts that run elsewhere";
+    ASSIGN_OR_RETURN(forward->remote_rows_, PinnedBuffer::Take(limits.rows * config.hidden_size * 2, purpose));
+    ASSIGN_OR_RETURN(forward->remote_experts_, PinnedBuffer::Take(pairs * 4, purpose));
+    ASSIGN_OR_RETURN(forward->remote_weights_, PinnedBuffer::Take(pairs * 4, purpose));
+    ASSIGN_OR_RETURN(forward->remote_out_, PinnedBuffer::Take(pairs * config.hidden_size * 2, purpose));
+    forward->remote_u_.resize(limits.rows * config.hidden_size);
+    forward->remote_result_.resize(pairs * config.hidden_size);
+  }
+  return forward;
+}
+
+Fp8Rows CudaForward::Quantise(const Bf16* x, int64_t rows, int64_t k) {
+  QuantiseRows({x, k}, rows, k, a_.codes, a_.scales, stream_.get());
+  return {a_.codes, k, a_.scales, (k + 127) / 128};
+}
+
+absl::Status CudaForward::Forward(const PassView& pass, ForwardHooks* hooks) {
+  for (int kind = 0; kind < 2; ++kind) {
+    PrepareRope(rope_[kind], pass.positions, pass.num_rows, a_.cos[kind], a_.sin[kind], stream_.get());
+  }
+  Embed(weights_.embed, pass.token_ids, pass.num_rows, kStreams, config_.hidden_size, a_.streams, stream_.get());
+  for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    RETURN_IF_ERROR(Layer(layer, weights_.layers[layer], pass, a_.streams, hooks));
+    if (hooks != nullptr) hooks->OnLayer(layer, a_.streams, pass.num_rows);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaForward::Layer(int layer, const LayerWeights& w, const PassView& pass, Bf16* streams,
+                                ForwardHooks* hooks) {
+  const int64_t rows = pass.num_rows, hidden = config_.hidden_size;
+  cudaStream_t s = stream_.get();
+
+  HyperConnectionPre(streams, w.hc_attn, w.attn_norm, hyper_, rows, hidden, a_.mixes, a_.u, a_.post, a_.comb, s);
+  Attention(layer, w, pass, hooks);
+  HyperConnectionPost(a_.sublayer, a_.post, a_.comb, rows, hidden, streams, s);
+
+  HyperConnectionPre(streams, w.hc_ffn, w.ffn_norm, hyper_, rows, hidden, a_.mixes, a_.u, a_.post, a_.comb, s);
+  RETURN_IF_ERROR(Moe(layer, w, pass, hooks));
+  HyperConnectionPost(a_.sublayer, a_.post, a_.comb, rows, hidden, streams, s);
+  return absl::OkStatus();
+}
+
+void CudaForward::Attention(int layer, const LayerWeights& w, const PassView& pass, ForwardHooks* hooks) {
+  const int64_t rows = pass.num_rows, rank = config_.q_lora_rank;
+  const int heads = config_.num_attention_heads;
+  const bool mtp = layer >= config_.num_hidden_layers;
+  const LayerKind kind = mtp ? LayerKind::kWindow : config_.layer_kinds[layer];
+  const int rope_kind = kind == LayerKind::kWindow ? 0 : 1;
+  const RopeView rope{a_.cos[rope_kind], a_.sin[rope_kind]};
+  const PageLayerLayout page = mtp ? PageLayerLayout{} : layout_.page_layers[layer];
+  cudaStream_t s = stream_.get();
+
+  // Queries and this token's window entry.
+  const Fp8Rows u = Quantise(a_.u, rows, config_.hidden_size);
+  LinearFp8(w.wq_a, u, rows, {a_.qr, rank}, s);
+  LinearFp8(w.wkv, u, rows, {a_.kv, kHeadDim}, s);
+  RmsNorm(a_.qr, w.q_norm, rows, rank, eps_, a_.qr, s);
+  const Fp8Rows qr = Quantise(a_.qr, rows, rank);
+  LinearFp8(w.wq_b, qr, rows, {a_.q, w.wq_b.n}, s);
+  QueryNormRope(a_.q, heads, rope, rows, eps_, s);
+  WindowAppend(pass, layout_.slot_layers[layer], layout_.window_slots, a_.kv, w.kv_norm, eps_, rope, a_.keys, s);
+
+  // Entries that these rows complete become visible to the very row that completes them, so compression comes first.
+  if (kind != LayerKind::kWindow) Compress(layer, w, pass);
+  if (kind == LayerKind::kCsa) {
+    LinearFp8(w.index_wq_b, qr, rows, {a_.index_q, w.index_wq_b.n}, s);
+    LinearBf16(w.index_weights_proj, {a_.u, config_.hidden_size}, rows,
+               {a_.index_weights, int64_t{config_.index_n_heads}}, s);
+    IndexSelect(pass, page, a_.index_q, a_.index_weights, config_.index_n_heads, rope, a_.index, a_.selection, s);
+    if (hooks != nullptr) hooks->OnSelection(layer, a_.selection, rows);
+  }
+
+  SparseAttention(kind, pass, page, a_.q, heads, w.attn_sink, a_.keys, a_.selection, rope, a_.attn, s);
+
+  // Output: each group of heads through its own low-rank matrix, then one linear back to the hidden size.
+  const int64_t z_width = int64_t{config_.o_groups} * config_.o_lora_rank;
+  LinearGrouped(w.wo_a, config_.o_groups, {a_.attn, int64_t{heads} * kHeadDim}, rows, {a_.low_rank, z_width}, s);
+  LinearFp8(w.wo_b, Quantise(a_.low_rank, rows, z_width), rows, {a_.sublayer, config_.hidden_size}, s);
+}
+
+void CudaForward::Compress(int layer, const LayerWeights& w, const PassView& pass) {
+  const Bf16Rows u{a_.u, config_.hidden_size};
+  const PageLayerLayout& page = layout_.page_layers[layer];
+  const SlotLayerLayout& slot = layout_.slot_layers[layer];
+  cudaStream_t s = stream_.get();
+  LinearBf16(w.compressor.wkv, u, pass.num_rows, {a_.comp_kv, w.compressor.wkv.n}, s);
+  LinearBf16(w.compressor.wgate, u, pass.num_rows, {a_.comp_score, w.compressor.wgate.n}, s);
+  if (config_.layer_kinds[layer] == LayerKind::kHca) {
+    CompressHca(pass, page, slot, a_.comp_kv, a_.comp_score, w.compressor.pool, rope_[1], eps_, s);
+    return;
+  }
+  LinearBf16(w.index_compressor.wkv, u, pass.num_rows, {a_.index_kv, w.index_compressor.wkv.n}, s);
+  LinearBf16(w.index_compressor.wgate, u, pass.num_rows, {a_.index_score, w.index_compressor.wgate.n}, s);
+  CompressCsa(pass, page, slot, a_.comp_kv, a_.comp_score, a_.index_kv, a_.index_score, w.compressor.pool,
+              w.index_compressor.pool, rope_[1], eps_, s);
+}
+
+absl::Status CudaForward::Moe(int layer, const LayerWeights& w, const PassView& pass, ForwardHooks* hooks) {
+  const int64_t rows = pass.num_rows, hidden = config_.hidden_size, width = config_.moe_intermediate_size;
+  const int k = config_.num_experts_per_tok;
+  const float limit = static_cast<float>(config_.swiglu_limit);
+  cudaStream_t s = stream_.get();
+
+  LinearBf16(w.gate, {a_.u, hidden}, rows, {a_.gate_logits, w.gate.n}, s);
+  Gate(a_.gate_logits, config_.n_routed_experts, w.gate_bias, w.tid2eid, pass.token_ids, rows, k,
+       static_cast<float>(config_.routed_scaling_factor), a_.experts, a_.expert_weights, s);
+  if (hooks != nullptr) hooks->OnExperts(layer, a_.experts, rows);
+
+  const auto shared_expert = [&](Fp8Rows u) {
+    LinearFp8(w.shared_w1, u, rows, {a_.gate_out, width}, s);
+    LinearFp8(w.shared_w3, u, rows, {a_.up_out, width}, s);
+    SwiGlu(a_.gate_out, a_.up_out, nullptr, nullptr, rows, width, limit, a_.gate_out, s);
+    LinearFp8(w.shared_w2, Quantise(a_.gate_out, rows, width), rows, {a_.shared, hidden}, s);
+  };
+  const Fp8Rows u = Quantise(a_.u, rows, hidden);
+  if (exchange_ != nullptr) {
+    RETURN_IF_ERROR(RemoteExperts(layer, rows, [&] { shared_expert(u); }));
+  } else {
+    RoutedExperts(w.experts, u, a_.experts, a_.expert_weights, rows, k, limit, a_.expert_workspace, a_.expert_rows, s);
+    shared_expert(u);
+  }
+  CombineExperts(a_.expert_rows, a_.shared, rows, k, hidden, a_.sublayer, s);
+  return absl::OkStatus();
+}
+
+// The exchange speaks host F32 (values are BF16's): the step leaves the device here, and says so in engine.h.
+absl::Status CudaForward::RemoteExperts(int layer, int64_t rows, const std::function<void()>& meanwhile) {
+  const int64_t hidden = config_.hidden_size, pairs = rows * config_.num_experts_per_tok;
+  cudaStream_t s = stream_.get();
+  CUDA_CHECK(cudaMemcpyAsync(remote_rows_.data(), a_.u, rows * hidden * 2, cudaMemcpyDeviceToHost, s));
+  CUDA_CHECK(cudaMemcpyAsync(remote_experts_.data(), a_.experts, pairs * 4, cudaMemcpyDeviceToHost, s));
+  CUDA_CHECK(cudaMemcpyAsync(remote_weights_.data(), a_.expert_weights, pairs * 4, cudaMemcpyDeviceToHost, s));
+  stream_.Wait();
+  const auto* u = reinterpret_cast<const uint16_t*>(remote_rows_.data());
+  for (int64_t i = 0; i < rows * hidden; ++i) remote_u_[i] = DecodeBf16(u[i]);
+  RETURN_IF_ERROR(exchange_->Dispatch({layer, rows, hidden, config_.num_experts_per_tok, remote_u_.data(),
+                                       reinterpret_cast<const int32_t*>(remote_experts_.data()),
+                                       reinterpret_cast<const float*>(remote_weights_.data())}));
+  meanwhile();
+  RETURN_IF_ERROR(exchange_->Combine(remote_result_.data()));
+  auto* out = reinterpret_cast<uint16_t*>(remote_out_.data());
+  for (int64_t i = 0; i < pairs * hidden; ++i) out[i] = EncodeBf16(remote_result_[i]);
+  CUDA_CHECK(cudaMemcpyAsync(a_.expert_rows, out, pairs * hidden * 2, cudaMemcpyHostToDevice, s));
+  return absl::OkStatus();
+}
+
+absl::Status CudaForward::ForwardMtp(const PassView& pass, const PassView& backbone, const int32_t* backbone_sequence) {
+  const MtpWeights& w = weights_.mtp[0];
+  const int64_t rows = pass.num_rows, hidden = config_.hidden_size;
+  cudaStream_t s = stream_.get();
+  PrepareRope(rope_[0], pass.positions, rows, a_.cos[0], a_.sin[0], s);
+  Embed(weights_.embed, pass.token_ids, rows, 1, hidden, a_.e, s);
+  RmsNorm(a_.e, w.enorm, rows, hidden, eps_, a_.e, s);
+  GatherLastStreams(pass, backbone, backbone_sequence, a_.streams, kStreams * hidden, layout_.last_streams, a_.h, s);
+  RmsNorm(a_.h, w.hnorm, rows * kStreams, hidden, eps_, a_.h, s);  // each stream by itself, one weight
+  LinearFp8(w.e_proj, Quantise(a_.e, rows, hidden), rows, {a_.u, hidden}, s);
+  LinearFp8(w.h_proj, Quantise(a_.h, rows * kStreams, hidden), rows * kStreams, {a_.mtp_streams, hidden}, s);
+  AddToStreams(a_.u, a_.mtp_streams, rows, kStreams, hidden, a_.mtp_streams, s);
+  return Layer(config_.num_hidden_layers, w.block, pass, a_.mtp_streams, nullptr);
+}
+
+void CudaForward::StoreStreams(const PassView& pass) {
+  StoreLastStreams(pass, a_.streams, kStreams * config_.hidden_size, layout_.last_streams, stream_.get());
+}
+
+const float* CudaForward::LogitsOf(const Bf16* streams, const HyperWeights& hc_head, const float* norm,
+                                   const int32_t* rows, int64_t num) {
+  CHECK(num <= limits_.logit_rows, "the caller cuts rows into tiles");
+  const int64_t hidden = config_.hidden_size;
+  cudaStream_t s = stream_.get();
+  Embed(streams, rows, num, 1, kStreams * hidden, a_.picked, s);  // a gather of rows is an embedding
+  HyperHead(a_.picked, hc_head, norm, hyper_, num, hidden, a_.mixes, a_.z, s);
+  LinearBf16(weights_.head, {a_.z, hidden}, num, {a_.logits, weights_.head.n}, s);
+  return a_.logits;
+}
+
+const float* CudaForward::Logits(const int32_t* rows, int64_t num) {
+  return LogitsOf(a_.streams, weights_.hc_head, weights_.norm, rows, num);
+}
+
+const float* CudaForward::MtpLogits(const int32_t* rows, int64_t num) {
+  return LogitsOf(a_.mtp_streams, weights_.mtp[0].hc_head, weights_.mtp[0].norm, rows, num);
+}
+
+}  // namespace millrace::cuda

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// Number formats and reductions inside kernels. The scalar definitions are rounding.h's, the same functions the CPU
+// computes with (constexpr, so the device compiler takes them too); what is here adds loads, stores and warps.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "engine/ops/rounding.h"
+
+namespace millrace::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ inline float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline __nv_bfloat16 ToBf16(float x) { return __float2bfloat16_rn(x); }
+__device__ inline float RoundToBf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
+
+// Two BF16 in a 32-bit word, the first in the low half.
+__device__ inline float LowBf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float HighBf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// Two E4M3 codes to floats, exactly; the first is the low byte.
+__device__ inline float2 WidenE4m3Pair(uint16_t codes) {
+  const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3);
+  return __half22float2(__half2(halves));
+}
+
+// Four E4M3 codes of a word.
+__device__ inline void WidenE4m3(uint32_t codes, float* out) {
+  const float2 low = WidenE4m3Pair(static_cast<uint16_t>(codes)), high = WidenE4m3Pair(codes >> 16);
+  out[0] = low.x;
+  out[1] = low.y;
+  out[2] = high.x;
+  out[3] = high.y;
+}
+
+// Eight E2M1 codes of a word, lowest nibble first, times 2^14 left out of an FP16 read of the shifted code: multiply by
+// kE2m1Widened. The same trick as the CPU's.
+constexpr float kE2m1Widened = 16384.0f;
+__device__ inline void WidenE2m1(uint32_t codes, float* out) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t code = codes >> (4 * i);
+    out[i] = __half2float(__ushort_as_half(static_cast<unsigned short>((code & 8u) << 12 | (code & 7u) << 9)));
+  }
+}
+
+// Sum over the lanes of a warp; every lane gets it. One fixed tree.
+__device__ inline float WarpSum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
+  return x;
+}
+__device__ inline float WarpMax(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
+  return x;
+}
+
+// Sum over a block of `kThreads`, warps added in ascending order; every thread gets it. `scratch` holds kThreads / 32
+// floats and may be reused after the next barrier.
+template <int kThreads>
+__device__ inline float BlockSum(float x, float* scratch) {
+  x = WarpSum(x);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  float total = 0;
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; ++warp) total += scratch[warp];
+  return total;
+}
+
+// exp(x) for x <= 0 as the CPU twins have it: 0 below -87.
+__device__ inline float ExpOrZero(float x) { return x > -87.0f ? expf(x) : 0.0f; }
+
+}  // namespace millrace::cuda

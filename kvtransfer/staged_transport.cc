@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// See staged_transport.h.
+#include "kvtransfer/staged_transport.h"
+
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kvtransfer/status.h"
+
+namespace millrace::kvtransfer {
+namespace {
+
+// Counts buffers against the bound; outlives the transport in callbacks that are still to run.
+class StagingBudget {
+ public:
+  explicit StagingBudget(size_t most) : most_(most) {}
+  bool Take(size_t bytes) {
+    std::lock_guard lock(mu_);
+    if (used_ != 0 && used_ + bytes > most_) return false;
+    used_ += bytes;
+    return true;
+  }
+  void GiveBack(size_t bytes) {
+    std::lock_guard lock(mu_);
+    used_ -= bytes;
+  }
+
+ private:
+  const size_t most_;
+  std::mutex mu_;
+  size_t used_ = 0;  // guarded by mu_
+};
+
+// A host buffer under the budget. Null if there is no room.
+class StagingBuffer {
+ public:
+  static std::unique_ptr<StagingBuffer> Take(const std::shared_ptr<StagingBudget>& budget, size_t bytes) {
+    if (!budget->Take(bytes)) return nullptr;
+    return std::unique_ptr<StagingBuffer>(new StagingBuffer(budget, bytes));
+  }
+  ~StagingBuffer() { budget_->GiveBack(bytes_); }
+  uint8_t* data() { return data_.get(); }
+
+ private:
+  StagingBuffer(std::shared_ptr<StagingBudget> budget, size_t bytes)
+      : budget_(std::move(budget)), bytes_(bytes), data_(std::make_unique_for_overwrite<uint8_t[]>(bytes)) {}
+  std::shared_ptr<StagingBudget> budget_;
+  const size_t bytes_;
+  std::unique_ptr<uint8_t[]> data_;
+};
+
+class StagedTransport final : public Transport {
+ public:
+  StagedTransport(std::unique_ptr<Transport> inner, MemoryFunctions memory, size_t max_staging_bytes)
+      : inner_(std::move(inner)),
+        memory_(std::move(memory)),
+        budget_(std::make_shared<StagingBudget>(max_staging_bytes)) {
+    for (StagingHandler& handler : handlers_) handler.transport = this;
+  }
+  ~StagedTransport() override { inner_->Close(); }
+
+  const std::string& address() const override { return inner_->address(); }
+  bool Supports(MemoryKind /*kind*/) const override { return inner_->Supports(MemoryKind::kHost); }
+  void SetHandler(uint16_t channel, MessageHandler* handler) override {
+    if (channel >= kMaxChannels || handler == nullptr) return inner_->SetHandler(channel, handler);
+    // The inner transport calls ours, which asks the caller's. Taken away first: nobody is inside when it changes.
+    inner_->SetHandler(channel, nullptr);
+    handlers_[channel].handler = handler;
+    inner_->SetHandler(channel, &handlers_[channel]);
+  }
+  void OnPeerFailed(PeerFailed callback) override { inner_->OnPeerFailed(std::move(callback)); }
+  absl::StatusOr<PeerId> Connect(absl::string_view address) override { return inner_->Connect(address); }
+
+  absl::StatusOr<SendId> SendMessage(PeerId peer, uint16_t channel, absl::Span<const uint8_t> header,
+                                     ConstMemory payload, SendDone done) override {
+    if (payload.kind == MemoryKind::kHost) {
+      return inner_->SendMessage(peer, channel, header, payload, std::move(done));
+    }
+    auto buffer = StagingBuffer::Take(budget_, payload.bytes);
+    if (buffer == nullptr) {
+      return absl::ResourceExhaustedError(absl::StrCat("no staging memory for ", payload.bytes, " bytes"));
+    }
+    RETURN_IF_ERROR(memory_.copy({buffer->data(), payload.bytes, MemoryKind::kHost}, payload));
+    const ConstMemory staged(buffer->data(), payload.bytes);
+    return inner_->SendMessage(peer, channel, header, staged,
+                               [buffer = std::move(buffer), done = std::move(done)](absl::Status status) mutable {
+                                 buffer.reset();
+                                 done(std::move(status));
+                               });
+  }
+
+  void Cancel(SendId send) override { inner_->Cancel(send); }
+  void Disconnect(PeerId peer, absl::AnyInvocable<void()> fenced) override {
+    inner_->Disconnect(peer, std::move(fenced));
+  }
+  void RunAfter(absl::Duration delay, absl::AnyInvocable<void()> callback) override {
+    inner_->RunAfter(delay, std::move(callback));
+  }
+  bool WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) override {
+    return inner_->WaitFor(done, timeout);
+  }
+  void Close() override { inner_->Close(); }
+  TransportStatistics statistics() const override { return inner_->statistics(); }
+  std::string Describe() const override { return "device memory through host buffers; " + inner_->Describe(); }
+
+ private:
+  struct StagingHandler final : MessageHandler {
+    StagedTransport* transport = nullptr;
+    MessageHandler* handler = nullptr;
+    Placement OnMessage(const IncomingMessage& message) override {
+      return transport->Stage(message.payload_bytes, handler->OnMessage(message));
+    }
+  };
+
+  Placement Stage(size_t payload_bytes, Placement placement) {
+    if (placement.verdict != Placement::Verdict::kPlace || placement.destination.kind == MemoryKind::kHost) {
+      return placement;
+    }
+    const Memory destination = placement.destination;
+    // A destination that is too small is the inner transport's to refuse: it sees its size, not ours.
+    auto buffer = StagingBuffer::Take(budget_, destination.bytes);
+    if (buffer == nullptr) {
+      inner_->RunAfter(absl::ZeroDuration(), [done = std::move(placement.done)]() mutable {
+        done(absl::ResourceExhaustedError("no staging memory"));
+      });
+      return Placement::Drop("no_staging_memory");
+    }
+    const Memory staged{buffer->data(), destination.bytes, MemoryKind::kHost};
+    return Placement::Into(staged, [this, destination, payload_bytes, buffer = std::move(buffer),
+                                    done = std::move(placement.done)](absl::Status status) mutable {
+      if (status.ok() && payload_bytes != 0) {
+        status = memory_.copy({destination.data, payload_bytes, destination.kind}, {buffer->data(), payload_bytes});
+      }
+      buffer.reset();
+      done(std::move(status));
+    });
+  }
+
+  const std::unique_ptr<Transport> inner_;
+  const MemoryFunctions memory_;
+  const std::shared_ptr<StagingBudget> budget_;
+  std::array<StagingHandler, kMaxChannels> handlers_;
+};
+
+}  // namespace
+
+std::unique_ptr<Transport> StageDeviceMemory(std::unique_ptr<Transport> inner, MemoryFunctions memory,
+                                             size_t max_staging_bytes) {
+  return std::make_unique<StagedTransport>(std::move(inner), std::move(memory), max_staging_bytes);
+}
+
+}  // namespace millrace::kvtransfer

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs every test that needs a card, in the source tree or in a bundle of deploy/bundle.sh, and says how many passed.
+#
+#   tests/gpu.sh                       all of them; ends with "N passed, M failed"
+#   tests/gpu.sh --shard 2/3           the second third (each well below 8 minutes)
+#   tests/gpu.sh --sanitize TOOL       the operations under compute-sanitizer: memcheck, racecheck or initcheck
+#   tests/gpu.sh --filter PATTERN      only cases that match (GoogleTest pattern)
+#   tests/gpu.sh --csv FILE            one line a case: suite,case,result,ms (default: gpu_tests.csv)
+#
+# A skipped case counts as failed: on a machine without a card nothing here means anything. Exit status 0: all passed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+SUITES=(ops_cuda_test golden_test equality_test)
+SUITE_SECONDS="${SUITE_SECONDS:-420}"
+
+main() {
+  local csv=gpu_tests.csv shard=1/1 filter='Cuda*' tool='' suite status=0
+  while (($#)); do
+    case "$1" in
+      --shard) shard="$2"; shift ;;
+      --sanitize) tool="$2"; shift ;;
+      --filter) filter="$2"; shift ;;
+      --csv) csv="$2"; shift ;;
+      *) sed -n '5,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    esac
+    shift
+  done
+  local bin=bin
+  [[ -d $bin ]] || bin=build/cuda/bin
+  if [[ -d lib ]]; then export LD_LIBRARY_PATH="$PWD/lib"; fi
+  export GTEST_TOTAL_SHARDS="${shard#*/}" GTEST_SHARD_INDEX=$((${shard%/*} - 1))
+
+  echo "suite,case,result,ms" > "$csv"
+  [[ -z $tool ]] || SUITES=(ops_cuda_test)
+  for suite in "${SUITES[@]}"; do
+    run_suite "$bin/$suite" "$filter" "$tool" "$csv" || status=1
+  done
+  summary "$csv" "$status"
+}
+
+# Output goes to the terminal as it comes; the case lines are also the record.
+run_suite() {
+  local binary="$1" filter="$2" tool="$3" csv="$4" command=() log status=0
+  log="$(mktemp)"
+  if [[ -n $tool ]]; then
+    command=("$(sanitizer)" --tool "$tool" --error-exitcode 99 --print-limit 20)
+  fi
+  timeout "$SUITE_SECONDS" "${command[@]}" "$binary" --gtest_filter="$filter" --gtest_brief=0 2>&1 | tee "$log" || status=1
+  sed -nE 's/^\[ +(OK|FAILED|SKIPPED) +\] ([^ ,]+)(, .*)? \(([0-9]+) ms\)$/\2,\1,\4/p' "$log" |
+    while IFS=, read -r name result ms; do echo "$(basename "$binary"),$name,$result,$ms"; done >> "$csv"
+  # A crash or a time limit ends a case without a line of its own.
+  local started
+  started="$(grep -c '^\[ RUN' "$log" || true)"
+  local ended
+  ended="$(grep -cE "^$(basename "$binary")," "$csv" || true)"
+  if ((started > ended)); then
+    echo "$(basename "$binary"),$(sed -nE 's/^\[ RUN +\] //p' "$log" | tail -n 1),CRASHED,0" >> "$csv"
+  fi
+  rm -f "$log"
+  return "$status"
+}
+
+sanitizer() {
+  local path
+  for path in "$(command -v compute-sanitizer || true)" /usr/local/cuda/bin/compute-sanitizer; do
+    if [[ -x $path ]]; then echo "$path"; return; fi
+  done
+  echo "tests/gpu.sh: compute-sanitizer not found (part of the CUDA toolkit)" >&2
+  exit 2
+}
+
+summary() {
+  local csv="$1" status="$2" passed failed
+  passed="$(grep -c ',OK,' "$csv" || true)"
+  failed="$(tail -n +2 "$csv" | grep -vc ',OK,' || true)"
+  tail -n +2 "$csv" | grep -v ',OK,' | sed 's/^/  not passed: /' || true
+  # A sanitizer finds faults in cases that pass, and a suite that did not start has no cases.
+  if ((status && failed == 0)); then failed=1; fi
+  echo "$passed passed, $failed failed"
+  ((passed > 0 && failed == 0))
+}
+
+main "$@"
