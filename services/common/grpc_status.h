@@ -21,4 +21,8 @@ inline constexpr size_t kMaxGrpcMessageBytes = 1024;
 grpc::Status ToGrpcStatus(const absl::Status& status);
 absl::Status FromGrpcStatus(const grpc::Status& status);
 
+// What a caller of the public port is told: the message leads with the error's code word, and google.rpc details
+// (proto/google/rpc/error_details.proto) say the same to machines. Words that were written for our log stay there.
+grpc::Status ToPublicGrpcStatus(const absl::Status& status);
+
 }  // namespace millrace

@@ -49,8 +49,12 @@ WorkerCore::WorkerCore(WorkerConfig config, WorkerEnvironment environment)
 
 WorkerCore::~WorkerCore() { Shutdown(); }
 
-absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services) {
-  ASSIGN_OR_RETURN(server_, RpcServer::Start({config_.worker().listen()}, services));
+absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services,
+                                     std::vector<std::string> service_names) {
+  RpcServerOptions server_options;
+  server_options.listen = config_.worker().listen();
+  server_options.service_names = std::move(service_names);
+  ASSIGN_OR_RETURN(server_, RpcServer::Start(server_options, services));
   address_ = AdvertisedAddress();
   JoinOptions options;
   options.router_address = config_.cluster.router().control_address();

@@ -60,7 +60,7 @@ class WorkerCore {
   ~WorkerCore();  // Shutdown
 
   // Binds, serves, joins. Unavailable: the address is taken.
-  absl::Status StartServer(const std::vector<grpc::Service*>& services);
+  absl::Status StartServer(const std::vector<grpc::Service*>& services, std::vector<std::string> service_names);
   absl::Status MakeTransport();
   // NotFound, InvalidArgument: what is wrong with the model, in one line.
   absl::StatusOr<std::shared_ptr<const Checkpoint>> OpenCheckpoint();

@@ -182,6 +182,7 @@ class RouterProcessImpl final : public RouterProcess {
   absl::Status OpenInternal() {
     RpcServerOptions options;
     options.listen = config_.router().control_listen();
+    options.service_names = {v1::Cluster::service_full_name()};
     ASSIGN_OR_RETURN(internal_grpc_, RpcServer::Start(options, {&*cluster_service_}));
     internal_grpc_->SetServing(true);
     return absl::OkStatus();
@@ -220,6 +221,7 @@ class RouterProcessImpl final : public RouterProcess {
       RpcServerOptions options;
       options.listen = section.grpc_listen();
       options.max_receive_bytes = kMaxPublicMessageBytes;
+      options.service_names = {v1::Inference::service_full_name()};
       ASSIGN_OR_RETURN(public_grpc_, RpcServer::Start(options, {inference_.get()}));
       public_grpc_->SetServing(true);
     }
