@@ -55,7 +55,7 @@ def run_alone(request, numerics=None, extra=()):
 
 class Cluster:
     def __init__(self, prefill=1, decode=1, experts=1, numerics=None, expert_transport=None, env=None, timers=None,
-                 decode_section=None, prefill_section=None):
+                 decode_section=None, prefill_section=None, router_section=None):
         self.directory = tempfile.mkdtemp(prefix="millrace-test-")
         self.http_port, self.operator_port, self.grpc_port, control = (free_port() for _ in range(4))
         model = {"path": MODEL, "id": "demo"}
@@ -75,6 +75,7 @@ class Cluster:
                 "operator_listen": f"127.0.0.1:{self.operator_port}",
                 "grpc_listen": f"127.0.0.1:{self.grpc_port}",
                 "control_listen": f"127.0.0.1:{control}",
+                **(router_section or {}),
             },
             "timers": timers or {},
             **sections,
