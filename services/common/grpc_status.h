@@ -3,6 +3,7 @@
 //
 // The codes are the same numbers in both; what differs is what may be said. Between our own processes a message names
 // leases, extents and workers; it is cut at kMaxGrpcMessageBytes and made valid UTF-8 because it travels in a header.
+// The code word of an ApiError travels too (a google.rpc.ErrorInfo): it tells apart what one status code cannot.
 // How a caller reacts: Unavailable: try another worker; ResourceExhausted: back off; all others are final.
 //
 // Thread: values, no state.
