@@ -7,6 +7,8 @@
 # touched. Runs as root or through sudo. On failure it prints one line that says what to do and exits non-zero.
 #
 #   deploy/setup.sh          build and test packages
+#   deploy/setup.sh --clients  the above, and what the client tests fetch their clients with: nodejs, npm, golang-go,
+#                            python3-venv; a node, npm or go that is on the path already is not installed again
 #   deploy/setup.sh --lint   the above, clang-format-16, clang-tidy-16 and shellcheck
 #   deploy/setup.sh --cuda   the above build packages and the CUDA toolchain (about 420 MB on disk)
 set -euo pipefail
@@ -17,6 +19,8 @@ BUILD_PACKAGES=(cmake ninja-build ccache g++ pkg-config git
   libucx-dev ucx-utils libboost1.81-dev nlohmann-json3-dev libsimdjson-dev libpcre2-dev prometheus-cpp-dev
   libspdlog-dev libxxhash-dev libssl-dev libhwy-dev curl ca-certificates)
 TEST_PACKAGES=(libgtest-dev libgmock-dev libbenchmark-dev python3)
+# By the command that each brings: nodejs of another origin comes with its own npm, which Debian's package conflicts with.
+declare -A CLIENT_COMMANDS=([node]=nodejs [npm]=npm [go]=golang-go)
 LINT_PACKAGES=(clang-format-16 clang-tidy-16 shellcheck)
 CUDA_PACKAGES=(python3 python3-pip)
 
@@ -28,14 +32,23 @@ main() {
   local packages=("${BUILD_PACKAGES[@]}" "${TEST_PACKAGES[@]}") with_cuda=0 argument
   for argument in "$@"; do
     case "$argument" in
+      --clients) packages+=(python3-venv); add_clients ;;
       --lint) packages+=("${LINT_PACKAGES[@]}") ;;
       --cuda) with_cuda=1; packages+=("${CUDA_PACKAGES[@]}") ;;
-      -h | --help) sed -n '3,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+      -h | --help) sed -n '3,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
       *) fail "unknown option $argument; try --help" ;;
     esac
   done
   install_packages "${packages[@]}"
   if ((with_cuda)); then install_cuda; fi
+}
+
+# Adds to main's list of packages.
+add_clients() {
+  local tool
+  for tool in "${!CLIENT_COMMANDS[@]}"; do
+    command -v "$tool" > /dev/null || packages+=("${CLIENT_COMMANDS[$tool]}")
+  done
 }
 
 fail() {
@@ -44,8 +57,9 @@ fail() {
 }
 
 install_packages() {
-  command -v dpkg-query > /dev/null && command -v apt-get > /dev/null ||
+  if ! command -v dpkg-query > /dev/null || ! command -v apt-get > /dev/null; then
     fail "this is not a Debian system; install the equivalents of: $*"
+  fi
   local missing=() package
   for package in "$@"; do
     [[ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2> /dev/null)" == installed ]] || missing+=("$package")

@@ -2,7 +2,7 @@
 // What a hand-off must contain: every extent with its length and digest, and the state that goes with them.
 //
 // The sender's last word. Extents say what has to lie in the receiver's memory; `metadata` is opaque here (token 0,
-// sampler and grammar state, lengths) and is covered by the whole digest. Nothing is inferred: what the manifest does
+// sampler state, lengths) and is covered by the whole digest. Nothing is inferred: what the manifest does
 // not say is not so. Receiver::Verify compares it with what was expected and with what arrived.
 //
 // Thread: none of its own; values and pure functions.

@@ -13,6 +13,7 @@
 #include "engine/status.h"
 #include "services/cli/command.h"
 #include "services/cli/terminal.h"
+#include "services/common/model_notice.h"
 
 namespace millrace::cli {
 
@@ -31,6 +32,9 @@ absl::StatusOr<std::shared_ptr<const Checkpoint>> OpenCheckpoint(const ModelFlag
   CheckpointOptions options;
   options.progress = [&](int64_t done, int64_t total) { progress.Update(done, total); };
   ASSIGN_OR_RETURN(std::shared_ptr<const Checkpoint> checkpoint, Checkpoint::Open(flags.model, std::move(options)));
+  if (const std::string notice = IgnoredKeysNotice(checkpoint->config().ignored_keys); !notice.empty()) {
+    std::fprintf(stderr, "millrace: %s\n", notice.c_str());
+  }
   return checkpoint;
 }
 

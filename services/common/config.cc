@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <set>
 #include <sstream>
 
@@ -21,6 +22,7 @@ namespace millrace {
 namespace {
 
 constexpr size_t kMaxConfigBytes = 1 << 20;
+constexpr uint32_t kMostTokens = std::numeric_limits<int32_t>::max();  // what a request's max_tokens can say
 
 absl::Status Bad(absl::string_view field, absl::string_view found, absl::string_view allowed) {
   return absl::InvalidArgumentError(absl::StrCat(field, ": found ", found, ", allowed ", allowed));
@@ -106,10 +108,13 @@ absl::Status CompleteRouter(v1::RouterSection& router) {
   NUMBER("router", router, max_requests, 256, 1, 1u << 20);
   NUMBER("router", router, queue_timeout_ms, 10000, 1, 3600000);
   NUMBER("router", router, default_deadline_ms, 600000, 1, 3600000);
+  NUMBER("router", router, max_tokens_limit, kMostTokens, 1, kMostTokens);
+  NUMBER("router", router, default_max_tokens, router.max_tokens_limit(), 1, router.max_tokens_limit());
   NUMBER("router", router, max_connections, 1024, 1, 1u << 20);
   if (router.api_keys_size() > 0) {
-    // A key that nobody checks would look like a lock.
-    return Bad("router.api_keys", absl::StrCat(router.api_keys_size(), " keys"), "none: requests are not authenticated yet");
+    return Bad("router.api_keys", absl::StrCat(router.api_keys_size(), router.api_keys_size() == 1 ? " key" : " keys"),
+               "none, since no port checks keys and one that nobody checks would look like a lock; put a proxy that "
+               "authenticates in front");
   }
   if (router.log_level().empty()) router.set_log_level("info");
   return OneOf("router.log_level", router.log_level(), {"debug", "info", "warn", "error"});
@@ -161,7 +166,7 @@ absl::Status CompleteRoles(v1::ClusterConfig& config) {
 
 absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerSection& timers) {
   if (transfer.transport().empty()) transfer.set_transport("ucx");
-  RETURN_IF_ERROR(OneOf("transfer.transport", transfer.transport(), {"ucx", "loopback"}));
+  RETURN_IF_ERROR(OneOf("transfer.transport", transfer.transport(), {"ucx"}));
   if (transfer.expert_transport().empty()) transfer.set_expert_transport("kvtransfer");
   RETURN_IF_ERROR(OneOf("transfer.expert_transport", transfer.expert_transport(), {"kvtransfer", "grpc"}));
   NUMBER("transfer", transfer, max_inflight_bytes, 64ull << 20, 1ull << 16, 1ull << 40);
@@ -169,11 +174,12 @@ absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerS
   NUMBER("timers", timers, dead_after_ms, 3000, 150, 60000);
   NUMBER("timers", timers, lease_ttl_ms, 10000, 1000, 60000);
   NUMBER("timers", timers, transfer_timeout_ms, 2000, 10, 600000);
-  // A dead member is noticed by its connection; this is for one that hangs, and as long as a hang may go unnoticed
-  // anywhere. Shorter, and a busy laptop fails requests that were only slow.
-  NUMBER("timers", timers, expert_timeout_ms, 3000, 10, 600000);
+  // A dead member is noticed by its connection; this is for one that hangs.
+  NUMBER("timers", timers, expert_timeout_ms, 1000, 10, 600000);
   NUMBER("timers", timers, abort_timeout_ms, 500, 10, 60000);
   NUMBER("timers", timers, drain_grace_ms, 30000, 1, 3600000);
+  NUMBER("timers", timers, watchdog_ms, 2000, 100, 3600000);
+  NUMBER("timers", timers, startup_timeout_ms, 60000, 1000, 3600000);
   if (timers.dead_after_ms() < 3 * timers.heartbeat_ms()) {
     return Bad("timers.dead_after_ms", absl::StrCat(timers.dead_after_ms()),
                absl::StrCat("at least 3 * timers.heartbeat_ms = ", 3 * timers.heartbeat_ms()));

@@ -81,13 +81,17 @@ absl::Status ParseAction(std::string_view text, Action& action) {
 }  // namespace
 
 const std::vector<std::string_view>& Names() {
-  static const auto* names = new std::vector<std::string_view>{
-      "p.before_prefill", "p.during_prefill",  "p.after_prefill",   "p.before_transfer",  "p.during_transfer",
-      "p.after_transfer", "p.before_commit",   "p.after_commit",    "d.reserve",          "d.before_commit",
-      "d.after_commit",   "d.before_step",     "d.after_step",      "d.before_send",      "e.before_compute",
-      "e.after_compute",  "x.dispatch",        "bug.drop_frontier", "bug.off_by_one_row", "bug.swap_two_blocks",
-      "bug.skip_expert",  "bug.stale_attempt", "bug.n_minus_1",     "bug.rope_position",  "bug.reuse_before_ack",
-      "bug.double_token", "bug.arrival_order"};
+  static const auto* names =
+      new std::vector<std::string_view>{"p.before_prefill",  "p.during_prefill",     "p.after_prefill",
+                                        "p.before_transfer", "p.during_transfer",    "p.after_transfer",
+                                        "p.before_commit",   "p.after_commit",       "d.reserve",
+                                        "d.before_commit",   "d.after_commit",       "d.before_step",
+                                        "d.after_step",      "d.before_send",        "e.before_compute",
+                                        "e.after_compute",   "x.dispatch",           "w.load",
+                                        "bug.drop_frontier", "bug.off_by_one_row",   "bug.swap_two_blocks",
+                                        "bug.skip_expert",   "bug.stale_attempt",    "bug.n_minus_1",
+                                        "bug.rope_position", "bug.reuse_before_ack", "bug.double_token",
+                                        "bug.arrival_order"};
   return *names;
 }
 

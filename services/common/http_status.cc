@@ -84,6 +84,8 @@ std::string_view HttpReason(int http_status) {
       return "Continue";
     case 200:
       return "OK";
+    case 202:
+      return "Accepted";
     case 204:
       return "No Content";
     case 400:

@@ -12,6 +12,8 @@
 #include <mutex>
 
 #include "absl/strings/str_cat.h"
+#include "engine/status.h"
+#include "grpc/health/v1/health.pb.h"
 
 namespace millrace {
 namespace {
@@ -27,6 +29,8 @@ void EnableProcessWideServices() {
   std::call_once(once, [] {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    // Links the descriptor in, for reflection: nothing else of ours needs it.
+    CHECK(grpc::health::v1::HealthCheckRequest::descriptor() != nullptr);
   });
 }
 
@@ -52,6 +56,7 @@ absl::StatusOr<std::unique_ptr<RpcServer>> RpcServer::Start(const RpcServerOptio
     return absl::UnavailableError(absl::StrCat("cannot listen on ", options.listen, ": in use or not ours"));
   }
   server->address_ = absl::StrCat(options.listen.substr(0, options.listen.rfind(':')), ":", server->port_);
+  server->service_names_ = options.service_names;
   server->SetServing(false);
   return server;
 }
@@ -60,7 +65,9 @@ RpcServer::~RpcServer() { Shutdown(absl::ZeroDuration()); }
 
 void RpcServer::SetServing(bool serving) {
   if (server_ == nullptr) return;
-  server_->GetHealthCheckService()->SetServingStatus(serving);
+  grpc::HealthCheckServiceInterface* const health = server_->GetHealthCheckService();
+  health->SetServingStatus(serving);  // the server, and what it has heard of
+  for (const std::string& name : service_names_) health->SetServingStatus(name, serving);
 }
 
 void RpcServer::Shutdown(absl::Duration grace) {

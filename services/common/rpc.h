@@ -28,7 +28,7 @@ inline constexpr int kMaxPublicMessageBytes = 16 << 20;
 struct RpcServerOptions {
   std::string listen;                                // "host:port"; port 0: any free one
   int max_receive_bytes = kMaxInternalMessageBytes;  // larger requests are RESOURCE_EXHAUSTED
-  bool reflection = true;                            // grpcurl without .proto files
+  std::vector<std::string> service_names;            // whose health may be asked by name, beside the server's own
 };
 
 class RpcServer {
@@ -41,7 +41,7 @@ class RpcServer {
   // "host:port" with the port that was bound.
   const std::string& address() const { return address_; }
   int port() const { return port_; }
-  // What grpc.health.v1 answers, for every service.
+  // What grpc.health.v1 answers, for the server and for each of `service_names`.
   void SetServing(bool serving);
   // No new calls; running ones may go on for `grace` and are then cancelled. Idempotent.
   void Shutdown(absl::Duration grace);
@@ -50,6 +50,7 @@ class RpcServer {
   RpcServer() = default;
   std::string address_;
   int port_ = 0;
+  std::vector<std::string> service_names_;
   std::unique_ptr<grpc::Server> server_;
 };
 

@@ -28,6 +28,9 @@ TEST(Config, FillsDefaultsAndResolvesTheModelPath) {
   EXPECT_EQ(config->decode(1).worker().name(), "decode-1");
   EXPECT_EQ(config->decode(1).cache_pages(), 1024u);
   EXPECT_EQ(config->timers().lease_ttl_ms(), 10000u);
+  EXPECT_EQ(config->timers().expert_timeout_ms(), 1000u);
+  EXPECT_EQ(config->timers().watchdog_ms(), 2000u);
+  EXPECT_EQ(config->timers().startup_timeout_ms(), 60000u);
   EXPECT_EQ(config->router().http_listen(), "127.0.0.1:8080");
 }
 
@@ -46,6 +49,23 @@ TEST(Config, EveryMistakeNamesItsField) {
       ErrorOf(R"({"model":{"path":"m"},"prefill":[{"worker":{"name":"a"}}],"decode":[{"worker":{"name":"a"}}]})"),
       HasSubstr("decode[0].worker.name"));
   EXPECT_THAT(ErrorOf("{\"model\":"), ::testing::Not(HasSubstr("\n")));
+}
+
+TEST(Config, OutputLimitsFitARequestAndEachOther) {
+  const auto router = [](const std::string& members) { return R"({"model":{"path":"m"},"router":{)" + members + "}}"; };
+  EXPECT_THAT(ErrorOf(router(R"("max_tokens_limit":2147483648)")), HasSubstr("router.max_tokens_limit"));
+  EXPECT_THAT(ErrorOf(router(R"("max_tokens_limit":100,"default_max_tokens":101)")),
+              HasSubstr("router.default_max_tokens: found 101, allowed 1 to 100"));
+  const auto config = ParseClusterConfig(router(R"("max_tokens_limit":100)"), "/");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->router().default_max_tokens(), 100u);
+}
+
+TEST(Config, WhatWouldOnlyLookLikeALockIsRefused) {
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"router":{"api_keys":["ab"]}})"),
+              ::testing::AllOf(HasSubstr("router.api_keys: found 1 key"), HasSubstr("no port checks keys")));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"transfer":{"transport":"loopback"}})"),
+              HasSubstr("transfer.transport: found \"loopback\", allowed ucx"));
 }
 
 TEST(Config, ExpertSetsAreRangesAndSharesAreEven) {

@@ -15,7 +15,9 @@
 #include "kvtransfer/ucx_transport.h"
 #include "services/common/cache_extents.h"
 #include "services/common/clock.h"
+#include "services/common/failpoints.h"
 #include "services/common/generation_spec.h"
+#include "services/common/model_notice.h"
 #include "spdlog/spdlog.h"
 
 namespace millrace {
@@ -23,9 +25,8 @@ namespace {
 
 constexpr char kSoftware[] = "millrace 0.1.0";
 constexpr absl::Duration kShutdownGrace = absl::Milliseconds(500);
-// A pass may be slow; it may not take much longer than the slowest one seen. The constant is for the first.
-constexpr absl::Duration kWatchdogBase = absl::Seconds(10);
 constexpr int kExitStuck = 70;
+constexpr int kFirstPassFactor = 10;
 
 const char* RoleWord(v1::Role role) {
   switch (role) {
@@ -51,8 +52,16 @@ WorkerCore::WorkerCore(WorkerConfig config, WorkerEnvironment environment)
 
 WorkerCore::~WorkerCore() { Shutdown(); }
 
-absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services) {
-  ASSIGN_OR_RETURN(server_, RpcServer::Start({config_.worker().listen()}, services));
+absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services,
+                                     std::vector<std::string> service_names) {
+  if (environment_.watchdog) {
+    startup_.emplace(absl::StrCat(RoleWord(config_.role), " ", config_.worker().name()),
+                     Ms(config_.cluster.timers().startup_timeout_ms()));
+  }
+  RpcServerOptions server_options;
+  server_options.listen = config_.worker().listen();
+  server_options.service_names = std::move(service_names);
+  ASSIGN_OR_RETURN(server_, RpcServer::Start(server_options, services));
   address_ = AdvertisedAddress();
   JoinOptions options;
   options.router_address = config_.cluster.router().control_address();
@@ -116,9 +125,7 @@ absl::Status WorkerCore::MakeTransport() {
     StageDeviceMemory();
     return absl::OkStatus();
   }
-  if (config_.cluster.transfer().transport() != "ucx") {
-    return absl::FailedPreconditionError("transfer.transport: loopback works only where all roles share a process");
-  }
+  Waiting("the transport's devices");
   kvtransfer::TransportOptions options;
   options.name = config_.worker().name();
   ASSIGN_OR_RETURN(transport_, kvtransfer::CreateUcxTransport(options));
@@ -129,7 +136,18 @@ absl::Status WorkerCore::MakeTransport() {
 
 absl::StatusOr<std::shared_ptr<const Checkpoint>> WorkerCore::OpenCheckpoint() {
   if (environment_.checkpoint != nullptr) return environment_.checkpoint;
-  ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> checkpoint, Checkpoint::Open(config_.cluster.model().path()));
+  const std::string& path = config_.cluster.model().path();
+  Waiting(absl::StrCat("the checkpoint in ", path));
+  CheckpointOptions options;
+  options.progress = [this](int64_t done, int64_t total) {
+    if (startup_) startup_->Moved(done, total);
+  };
+  ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> checkpoint, Checkpoint::Open(path, std::move(options)));
+  if (const std::string notice = IgnoredKeysNotice(checkpoint->config().ignored_keys); !notice.empty()) {
+    spdlog::warn("{} {}: {}", RoleWord(config_.role), config_.worker().name(), notice);
+  }
+  Waiting(absl::StrCat("the weights in ", path));
+  RETURN_IF_ERROR(failpoints::Hit("w.load"));
   return std::shared_ptr<const Checkpoint>(std::move(checkpoint));
 }
 
@@ -143,7 +161,12 @@ absl::StatusOr<Numerics> WorkerCore::ChooseNumerics(const Checkpoint& checkpoint
   return Numerics::kRelease;
 }
 
+void WorkerCore::Waiting(std::string for_what) {
+  if (startup_) startup_->Waiting(std::move(for_what));
+}
+
 void WorkerCore::ReportProgress(int64_t done, int64_t total) {
+  if (startup_) startup_->Moved(done, total);
   load_done_.store(done);
   load_total_.store(total);
   metrics_.SetLoad(done, total);
@@ -151,6 +174,7 @@ void WorkerCore::ReportProgress(int64_t done, int64_t total) {
 }
 
 void WorkerCore::SetReady(WorkerHooks hooks, v1::WorkerReady ready) {
+  startup_.reset();
   ready.set_model_id(config_.cluster.model().id());
   if (transport_ != nullptr) ready.set_transfer_address(transport_->address());
   {
@@ -196,7 +220,10 @@ void WorkerCore::CheckProgress(const v1::WorkerStatus& status) {
     last_progress_ = now;
     return;
   }
-  const absl::Duration limit = kWatchdogBase + 4 * absl::Microseconds(longest_step_us_);
+  // A pass may be slow; it may not take much longer than the slowest one seen. The first has nothing to compare with.
+  const absl::Duration base = Ms(config_.cluster.timers().watchdog_ms());
+  const absl::Duration limit =
+      longest_step_us_ == 0 ? kFirstPassFactor * base : base + 4 * absl::Microseconds(longest_step_us_);
   if (!environment_.watchdog || now - last_progress_ <= limit) return;
   spdlog::critical("{} {}: work is pending and no pass has ended for {}: exiting", RoleWord(config_.role),
                    config_.worker().name(), absl::FormatDuration(now - last_progress_));

@@ -14,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,7 @@
 #include "services/common/incarnation.h"
 #include "services/common/join_client.h"
 #include "services/common/rpc.h"
+#include "services/common/startup_watch.h"
 #include "services/common/worker_metrics.h"
 
 namespace millrace {
@@ -40,7 +42,8 @@ struct WorkerEnvironment {
   // Where metrics go; must outlive the worker. Null: a registry of its own, which nobody reads.
   prometheus::Registry* registry = nullptr;
   std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;
-  // Exits with status 70 when work is pending and no pass ends for too long. Not in tests, whose machines are slow.
+  // Exits with status 70 when work is pending and no pass ends for too long, with 69 when the start-up stands still.
+  // Not in tests inside one process.
   bool watchdog = false;
 };
 
@@ -60,11 +63,12 @@ class WorkerCore {
   ~WorkerCore();  // Shutdown
 
   // Binds, serves, joins. Unavailable: the address is taken.
-  absl::Status StartServer(const std::vector<grpc::Service*>& services);
+  absl::Status StartServer(const std::vector<grpc::Service*>& services, std::vector<std::string> service_names);
   absl::Status MakeTransport();
   // NotFound, InvalidArgument: what is wrong with the model, in one line.
   absl::StatusOr<std::shared_ptr<const Checkpoint>> OpenCheckpoint();
   absl::StatusOr<Numerics> ChooseNumerics(const Checkpoint& checkpoint) const;
+  void Waiting(std::string for_what);                // the stage of the start-up; said when it stops moving
   void ReportProgress(int64_t done, int64_t total);  // any thread
   // Everything is there; `ready` needs role-specific fields only. Hooks are called from here on.
   void SetReady(WorkerHooks hooks, v1::WorkerReady ready);
@@ -95,6 +99,7 @@ class WorkerCore {
   WorkerMetrics metrics_;
   ChannelPool channels_;
   std::string address_;
+  std::optional<StartupWatch> startup_;  // until SetReady
   std::atomic<int64_t> load_done_{0}, load_total_{0};
   std::atomic<bool> ready_{false}, draining_{false}, drain_requested_{false};
   std::mutex hooks_mutex_;

@@ -15,7 +15,8 @@ namespace millrace::decode {
 absl::StatusOr<std::unique_ptr<DecodeWorker>> DecodeWorker::Start(const WorkerConfig& config,
                                                                   WorkerEnvironment environment) {
   std::unique_ptr<DecodeWorker> worker(new DecodeWorker(config, std::move(environment)));
-  RETURN_IF_ERROR(worker->core_.StartServer({&worker->handoff_service_, &worker->decode_service_}));
+  RETURN_IF_ERROR(worker->core_.StartServer({&worker->handoff_service_, &worker->decode_service_},
+                                            {v1::Handoff::service_full_name(), v1::Decode::service_full_name()}));
   RETURN_IF_ERROR(worker->Load());
   return worker;
 }

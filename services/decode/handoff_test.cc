@@ -23,6 +23,7 @@
 #include "kvtransfer/fault_transport.h"
 #include "kvtransfer/loopback_transport.h"
 #include "services/common/clock.h"
+#include "services/common/error.h"
 #include "services/common/failpoints.h"
 #include "services/common/one_engine_tokens.h"
 #include "services/decode/decode_loop.h"
@@ -98,8 +99,35 @@ class DirectClient final : public prefill::HandoffClient {
   }
   void Abort(const std::string&, v1::AbortLeaseRequest request, absl::Duration,
              absl::AnyInvocable<void(absl::StatusOr<v1::AbortLeaseResponse>)> done) override {
-    loop->Abort(std::move(request), std::move(done));
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (hold_aborts_) {
+      held_ = [this, request = std::move(request), done = std::move(done)]() mutable {
+        loop->Abort(std::move(request), std::move(done));
+      };
+    } else {
+      loop->Abort(std::move(request), std::move(done));
+    }
   }
+
+  // Aborts stay on the way until they are let through; one at a time.
+  void HoldAborts() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    hold_aborts_ = true;
+  }
+  bool Holding() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return held_ != nullptr;
+  }
+  void LetThrough() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    hold_aborts_ = false;
+    if (held_ != nullptr) std::exchange(held_, nullptr)();
+  }
+
+ private:
+  std::mutex mutex_;
+  bool hold_aborts_ = false;         // guarded by mutex_
+  absl::AnyInvocable<void()> held_;  // guarded by mutex_
 };
 
 // One prefill and one decode worker without gRPC.
@@ -258,6 +286,10 @@ class Flow : public std::enable_shared_from_this<Flow> {
     pair_.decode_loop->Wake();
   }
   const v1::LeaseRef& lease() const { return lease_; }
+  Outcome so_far() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return outcome_;
+  }
 
  private:
   struct PrefillSink : prefill::PrefillSink {
@@ -383,6 +415,37 @@ TEST_F(Handoff, ARequestThatEndsWithItsFirstTokenAbortsItsLease) {
   EXPECT_TRUE(outcome.ended_by_first);
   EXPECT_FALSE(outcome.committed);
   EXPECT_EQ(outcome.decode.code(), absl::StatusCode::kAborted);
+  EXPECT_TRUE(pair.BecomesClean());
+}
+
+TEST_F(Handoff, EndedIsSaidWhenTheAbortOfTheLeaseWasAnswered) {
+  Pair pair;
+  pair.client.HoldAborts();
+  auto flow = MakeFlow(pair, "one", MakePrompt(20), MakeSpec(1));
+  ASSERT_TRUE(flow->Start().ok());
+  ASSERT_TRUE(flow->WaitForTokens(1));
+  for (const absl::Time end = MonotonicNow() + kPatience; !pair.client.Holding() && MonotonicNow() < end;) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  // The lease lives: a router that was told "ended" now would book its pages as free.
+  EXPECT_FALSE(flow->so_far().ended_by_first);
+  EXPECT_FALSE(flow->so_far().prefill_closed);
+  pair.client.LetThrough();
+  const Outcome outcome = flow->Wait();
+  EXPECT_TRUE(outcome.ended_by_first);
+  EXPECT_TRUE(outcome.prefill.ok()) << outcome.prefill;
+  EXPECT_TRUE(pair.BecomesClean());
+}
+
+TEST_F(Handoff, ALateHandoffIsNotTheRequestsDeadline) {
+  Pair::Options options;
+  options.faults.drop = 1;
+  options.transfer_timeout = absl::Milliseconds(200);
+  Pair pair(options);
+  const Outcome outcome = RunOne(pair, "late", MakePrompt(300), MakeSpec(4));
+  EXPECT_EQ(outcome.prefill.code(), absl::StatusCode::kUnavailable) << outcome.prefill;
+  ASSERT_TRUE(GetApiError(outcome.prefill).has_value()) << outcome.prefill;
+  EXPECT_EQ(GetApiError(outcome.prefill)->code, "handoff_late");
   EXPECT_TRUE(pair.BecomesClean());
 }
 

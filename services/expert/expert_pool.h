@@ -66,7 +66,7 @@ struct ExpertPoolOptions {
   std::string expert_compat_hash;
   int num_experts = 0;
   std::vector<int> local_experts;  // run by this worker itself
-  bool over_grpc = false;          // --expert-transport=grpc
+  bool over_grpc = false;          // transfer.expert_transport is "grpc"
   absl::Duration attach_timeout = absl::Seconds(1);
   std::function<void()> on_change;  // the table is another one; called from any thread, must not block
 };

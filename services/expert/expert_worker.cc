@@ -15,7 +15,7 @@ namespace millrace::expert {
 absl::StatusOr<std::unique_ptr<ExpertWorker>> ExpertWorker::Start(const WorkerConfig& config,
                                                                   WorkerEnvironment environment) {
   std::unique_ptr<ExpertWorker> worker(new ExpertWorker(config, std::move(environment)));
-  RETURN_IF_ERROR(worker->core_.StartServer({&worker->service_}));
+  RETURN_IF_ERROR(worker->core_.StartServer({&worker->service_}, {v1::Expert::service_full_name()}));
   RETURN_IF_ERROR(worker->Load());
   return worker;
 }

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "engine/status.h"
+#include "services/common/error.h"
 #include "services/common/failpoints.h"
 
 namespace millrace::expert {
@@ -338,8 +339,10 @@ absl::Status RemoteExperts::Await(Batch& batch) {
   }
   const std::string who = absl::StrCat("expert worker ", absl::StrJoin(names, ", "), ", layer ", batch.batch.layer);
   if (!in_time) {
-    return absl::DeadlineExceededError(
-        absl::StrCat(who, ": no answer within ", absl::FormatDuration(options_.timeout)));
+    // Our own timer, not the request's deadline: a status that says so, or the client is told that it asked too late.
+    return MakeError(absl::StatusCode::kUnavailable,
+                     absl::StrCat(who, ": no answer within ", absl::FormatDuration(options_.timeout)),
+                     {.code = "experts_late"});
   }
   return absl::UnavailableError(absl::StrCat(who, ": lost while its rows were awaited"));
 }

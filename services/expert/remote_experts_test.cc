@@ -16,6 +16,7 @@
 #include "engine/status.h"
 #include "kvtransfer/loopback_transport.h"
 #include "services/common/clock.h"
+#include "services/common/error.h"
 #include "services/common/failpoints.h"
 #include "services/expert/engine_host.h"
 #include "services/expert/expert_loop.h"
@@ -269,7 +270,9 @@ TEST_F(RemoteExpertsTest, ALateMemberIsNamedAndItsLateReplyIsDropped) {
   const Rows rows(0, 4, 3);
   ASSERT_TRUE(failpoints::Arm("e.before_compute=sleep(400)@1").ok());
   const auto late = Exchange(*pool.remote, rows);
-  EXPECT_EQ(late.status().code(), absl::StatusCode::kDeadlineExceeded) << late.status();
+  EXPECT_EQ(late.status().code(), absl::StatusCode::kUnavailable) << "the deadline that passed is not the request's";
+  ASSERT_TRUE(GetApiError(late.status()).has_value()) << late.status();
+  EXPECT_EQ(GetApiError(late.status())->code, "experts_late");
   EXPECT_THAT(std::string(late.status().message()), HasSubstr("expert-"));
   std::this_thread::sleep_for(std::chrono::milliseconds(500));
   ASSERT_TRUE(pool.BecomesReady());

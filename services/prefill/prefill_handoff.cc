@@ -7,6 +7,7 @@
 #include "engine/status.h"
 #include "services/common/cache_extents.h"
 #include "services/common/clock.h"
+#include "services/common/error.h"
 #include "services/common/failpoints.h"
 #include "services/prefill/prefill_loop.h"
 #include "services/prefill/seeded_bugs.h"
@@ -160,8 +161,13 @@ void PrefillLoop::OnCommitAnswer(Prompt& prompt, absl::StatusOr<v1::CommitRespon
 }
 
 absl::Status PrefillLoop::AtDecode(const Prompt& prompt, absl::string_view what, const absl::Status& status) const {
-  return absl::Status(status.code(),
-                      absl::StrCat(what, " at decode worker ", prompt.request.target().name(), ": ", status.message()));
+  const std::string message =
+      absl::StrCat(what, " at decode worker ", prompt.request.target().name(), ": ", status.message());
+  // A time-out of the hand-off's own is not the request's deadline.
+  if (absl::IsDeadlineExceeded(status) && MonotonicNow() < prompt.deadline) {
+    return MakeError(absl::StatusCode::kUnavailable, message, {.code = "handoff_late"});
+  }
+  return absl::Status(status.code(), message);
 }
 
 // --- The end ---
@@ -176,7 +182,9 @@ void PrefillLoop::End(Prompt& prompt, absl::Status why) {
   } else {
     SettleLease(prompt, why.ok() ? "ended with its first token" : std::string(why.message()));
   }
-  prompt.sink->OnClose(std::move(why));
+  // A good end without a commit is told when the lease's abort was answered (LeaseSettled): the router takes it for
+  // that.
+  if (prompt.committed || !why.ok()) std::exchange(prompt.sink, nullptr)->OnClose(std::move(why));
   if (prompt.sender == nullptr) {
     prompt.wire_released = true;
   } else {
@@ -218,10 +226,21 @@ void PrefillLoop::SettleLease(Prompt& prompt, const std::string& reason) {
             });
             return;
           }
-          ending.lease_settled = true;
+          LeaseSettled(ending, ok);
           EraseIfGone(id);
         });
       });
+}
+
+void PrefillLoop::LeaseSettled(Prompt& prompt, bool answered) {
+  prompt.lease_settled = true;
+  if (prompt.sink == nullptr) return;  // it has heard of another end
+  const auto sink = std::exchange(prompt.sink, nullptr);
+  if (!answered) return sink->OnClose(absl::UnavailableError("the abort of the lease was not answered"));
+  v1::PrefillEvent ended;
+  ended.mutable_ended()->set_reason(prompt.finish);
+  sink->OnEvent(std::move(ended));
+  sink->OnClose(absl::OkStatus());
 }
 
 void PrefillLoop::EraseIfGone(uint64_t prompt_id) {

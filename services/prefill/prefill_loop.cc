@@ -295,19 +295,16 @@ void PrefillLoop::OnFirstToken(Prompt& prompt, const ChunkOutput& output, absl::
     return End(prompt, absl::InternalError("numeric_error: logits of the first token are not finite"));
   }
   if (const absl::Status injected = failpoints::Hit("p.after_prefill"); !injected.ok()) return End(prompt, injected);
-  const v1::FinishReason finish = prompt.draw->Accept(output.sampled, prompt.first_token);
+  prompt.finish = prompt.draw->Accept(output.sampled, prompt.first_token);
   prompt.token_at = now;
   v1::PrefillEvent event;
   v1::FirstToken& first = *event.mutable_first_token();
   *first.mutable_token() = prompt.first_token;
   first.set_queue_us(static_cast<uint64_t>(absl::ToInt64Microseconds(prompt.first_pass - prompt.arrived)));
   first.set_compute_us(static_cast<uint64_t>(absl::ToInt64Microseconds(now - prompt.first_pass)));
-  first.set_finish(finish);
+  first.set_finish(prompt.finish);
   prompt.sink->OnEvent(std::move(event));
-  if (finish == v1::FINISH_REASON_UNSPECIFIED) return SendRest(prompt, now);
-  v1::PrefillEvent ended;
-  ended.mutable_ended()->set_reason(finish);
-  prompt.sink->OnEvent(std::move(ended));
+  if (prompt.finish == v1::FINISH_REASON_UNSPECIFIED) return SendRest(prompt, now);
   End(prompt, absl::OkStatus());
 }
 

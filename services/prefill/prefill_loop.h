@@ -86,6 +86,7 @@ class PrefillLoop {
   void OnCommitAnswer(Prompt& prompt, absl::StatusOr<v1::CommitResponse> answer, absl::Time now);
   void End(Prompt& prompt, absl::Status why);  // closes the sink, lets go of wire and lease
   void SettleLease(Prompt& prompt, const std::string& reason);
+  void LeaseSettled(Prompt& prompt, bool answered);
   void EraseIfGone(uint64_t prompt_id);
   absl::Status AtDecode(const Prompt& prompt, absl::string_view what, const absl::Status& status) const;
 

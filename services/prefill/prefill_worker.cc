@@ -13,7 +13,7 @@ namespace millrace::prefill {
 absl::StatusOr<std::unique_ptr<PrefillWorker>> PrefillWorker::Start(const WorkerConfig& config,
                                                                     WorkerEnvironment environment) {
   std::unique_ptr<PrefillWorker> worker(new PrefillWorker(config, std::move(environment)));
-  RETURN_IF_ERROR(worker->core_.StartServer({&worker->service_}));
+  RETURN_IF_ERROR(worker->core_.StartServer({&worker->service_}, {v1::Prefill::service_full_name()}));
   RETURN_IF_ERROR(worker->Load());
   return worker;
 }

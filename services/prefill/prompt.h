@@ -52,7 +52,7 @@ struct Prompt {
   PromptKey key;
   v1::PrefillRequest request;
   std::vector<int32_t> ids;
-  std::shared_ptr<PrefillSink> sink;  // shared: a gRPC reactor outlives its last call
+  std::shared_ptr<PrefillSink> sink;  // shared: a gRPC reactor outlives its last call; null once it was closed
   PromptPhase phase = PromptPhase::kQueued;
   absl::Time arrived, deadline;
   absl::Time first_pass, token_at, transfer_deadline;
@@ -61,6 +61,7 @@ struct Prompt {
   std::optional<TokenDraw> draw;
   int64_t tokens_done = 0;
   v1::Token first_token;
+  v1::FinishReason finish = v1::FINISH_REASON_UNSPECIFIED;  // set if the first token was the last
 
   kvtransfer::PeerId peer;
   std::unique_ptr<kvtransfer::Sender> sender;

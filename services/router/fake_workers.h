@@ -22,6 +22,7 @@
 #include "millrace/v1/decode.grpc.pb.h"
 #include "millrace/v1/handoff.grpc.pb.h"
 #include "millrace/v1/prefill.grpc.pb.h"
+#include "services/common/grpc_status.h"
 #include "services/router/cluster_snapshot.h"
 
 namespace millrace::router {
@@ -51,9 +52,7 @@ inline v1::Token FakeToken(uint64_t index) {
   return token;
 }
 
-inline grpc::Status FakeStatus(const absl::Status& status) {
-  return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message())};
-}
+inline grpc::Status FakeStatus(const absl::Status& status) { return ToGrpcStatus(status); }
 
 // Handoff and Decode of one fake decode worker, and Prefill of one fake prefill worker, in one server each.
 class FakeDecode final : public v1::Handoff::Service, public v1::Decode::Service {

@@ -54,8 +54,8 @@ struct GenerationRequest {
   std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
 };
 
-// Log-probabilities are of the model's own distribution (log-softmax of the raw logits), before temperature, penalties
-// and bias, in nats.
+// Log-probabilities are of the distribution after penalties and bias, before temperature and truncation
+// (engine/ops/sampler.h), in nats.
 struct TokenLogprob {
   int32_t id = 0;
   float logprob = 0;

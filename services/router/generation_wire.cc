@@ -22,14 +22,19 @@ absl::Status DeadlineError() {
                    {.code = "deadline_exceeded"});
 }
 
-// What the client is told when a worker ends its part with `status`. The worker's own words name addresses and ids:
-// they go to the log.
-absl::Status ClientError(const absl::Status& status) {
+absl::Status ClientError(const absl::Status& status, bool deadline_passed) {
+  const auto error = GetApiError(status);
+  const std::string stage = error.has_value() ? error->code : "";
   switch (status.code()) {
     case absl::StatusCode::kUnavailable:
+      if (stage == "experts_late") return Retryable(stage, "the experts did not answer in time; send it again");
+      if (stage == "handoff_late") {
+        return Retryable(stage, "the request's state did not reach its decode worker in time; send it again");
+      }
       return Retryable("worker_lost", "a worker that served this request is gone; send it again");
     case absl::StatusCode::kDeadlineExceeded:
-      return DeadlineError();
+      if (deadline_passed) return DeadlineError();
+      return Retryable("worker_late", "a worker did not answer in time; send it again");
     case absl::StatusCode::kResourceExhausted:
       return MakeError(absl::StatusCode::kResourceExhausted, "every worker is busy",
                        {.code = "overloaded", .retry_after_s = 2});

@@ -25,7 +25,8 @@ GeneratedToken FromProto(const v1::Token& token);
 absl::Status Retryable(const std::string& code, const std::string& message);
 absl::Status DeadlineError();
 // What the client is told when a worker ends its part with `status`. The worker's own words name addresses and ids:
-// they go to the log.
-absl::Status ClientError(const absl::Status& status);
+// they go to the log. DEADLINE_EXCEEDED from a worker is the client's own only if its deadline has passed; before that
+// a stage of ours was late, and the request is worth another try.
+absl::Status ClientError(const absl::Status& status, bool deadline_passed = false);
 
 }  // namespace millrace::router

@@ -53,6 +53,7 @@ struct ApiLimits {
   size_t max_tool_schema_depth = 16;
   size_t max_tool_name_bytes = 64;
   int max_n = 8;
+  int32_t completion_default_max_tokens = 16;  // OpenAI's; 0: as chat
   size_t max_stops = 4;
   size_t max_stop_bytes = 256;
   size_t max_logit_bias = 1024;

@@ -93,14 +93,8 @@ absl::StatusOr<ApiRequest> FromGenerate(const v1::GenerateRequest& request, cons
   }
   RETURN_IF_ERROR(AddOptions(request.options(), body));
   limits.max_stops = kMaxStops;
-  // Completions over HTTP default to few tokens; here absent means what the context leaves.
-  const bool fill_context = !request.options().has_max_tokens();
-  if (fill_context) body["max_tokens"] = std::max<int32_t>(1, static_cast<int32_t>(request.options().min_tokens()));
+  limits.completion_default_max_tokens = 0;  // OpenAI's few are for its own endpoint
   ASSIGN_OR_RETURN(ApiRequest api, ParseCompletionRequest(body, model, limits));
-  if (fill_context) {
-    const int32_t left = model.context_length - static_cast<int32_t>(api.prompt_ids.size());
-    api.max_tokens = model.default_max_tokens > 0 ? std::min(left, model.default_max_tokens) : left;
-  }
   RETURN_IF_ERROR(Finish(request.options(), api));
   return api;
 }

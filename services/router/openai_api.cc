@@ -55,6 +55,9 @@ constexpr Route kOperatorRoutes[] = {
     {"GET", "/readyz", Route::kReady},
 };
 constexpr std::string_view kModelPrefix = "/v1/models/";
+// On the operator's port: POST /workers/NAME/drain.
+constexpr std::string_view kWorkerPrefix = "/workers/";
+constexpr std::string_view kDrainSuffix = "/drain";
 
 absl::Status NotFound() {
   return MakeError(absl::StatusCode::kNotFound, "There is no such route.", {.code = "not_found"});
@@ -190,6 +193,9 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
       allowed.emplace_back(route.method);
       if (route.method == request.method || (route.method == "GET" && request.method == "HEAD")) match = &route;
     }
+    const std::optional<std::string> drained = is_public ? std::nullopt : WorkerToDrain(request);
+    if (drained) allowed = {"POST"};
+    if (drained && request.method == "POST") return DrainWorker(*drained, request, headers, *exchange);
     const bool reads = request.method == "GET" || request.method == "HEAD";
     if (is_model && reads) return AnswerModel(request, headers, *exchange);
     if (allowed.empty()) return Answer(NotFound(), "unmatched", headers, *exchange);
@@ -321,6 +327,32 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
                                "</a></p><pre>",
                                EscapeHtml(text), "</pre>\n")},
          "/", headers, exchange);
+  }
+
+  std::optional<std::string> WorkerToDrain(const HttpRequest& request) const {
+    std::string_view path = request.path;
+    if (!options_.drain_worker || !absl::StartsWith(AbslView(path), AbslView(kWorkerPrefix)) ||
+        !absl::EndsWith(AbslView(path), AbslView(kDrainSuffix)) ||
+        path.size() <= kWorkerPrefix.size() + kDrainSuffix.size()) {
+      return std::nullopt;
+    }
+    path.remove_prefix(kWorkerPrefix.size());
+    path.remove_suffix(kDrainSuffix.size());
+    return std::string(path);
+  }
+
+  void DrainWorker(const std::string& name, const HttpRequest& request, const Headers& headers,
+                   HttpExchange& exchange) {
+    exchange.BodyConsumed();
+    // A page in the operator's browser can post forms here, but not this type without asking first.
+    absl::Status status = CheckMediaType(request);
+    if (status.ok()) status = options_.drain_worker(name);
+    if (absl::IsNotFound(status)) {
+      status = MakeError(absl::StatusCode::kNotFound, "There is no worker of that name.", {.code = "worker_not_found"});
+    }
+    if (!status.ok()) return Answer(status, "/workers/{name}/drain", headers, exchange);
+    Send({.status = 202, .body = DumpJson({{"worker", name}, {"asked_to_drain", true}})}, "/workers/{name}/drain",
+         headers, exchange);
   }
 
   // ---- Generation.

@@ -27,6 +27,9 @@ struct OpenAiApiOptions {
   const prometheus::Registry* registry = nullptr;  // for /metrics; must outlive the servers
   HttpMetrics* metrics = nullptr;                  // must outlive the servers
   std::function<Json()> status;                    // what the status page shows; any thread; may be empty
+  // Asks a worker to drain, for the operator's POST /workers/NAME/drain; NotFound: there is no such worker. Any thread;
+  // empty: there is no such route.
+  std::function<absl::Status(const std::string& name)> drain_worker;
   int parse_threads = 1;
   // Browsers on this origin may call the API ("*": any). Empty: none, which keeps web pages away from a server on
   // loopback.

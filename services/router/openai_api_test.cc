@@ -51,12 +51,19 @@ class OpenAiApiTest : public ::testing::Test {
                      .created_unix_s = 1700000000,
                      .context_length = kContext,
                      .vocab_size = 1536,
-                     .tokenizer = tokenizer_};
+                     .tokenizer = tokenizer_,
+                     .max_tokens_limit = max_tokens_limit_,
+                     .default_max_tokens = default_max_tokens_};
     options.limits = api_limits;
     options.generations = generations_.get();
     options.registry = registry_.get();
     options.metrics = metrics_.get();
     options.status = [] { return Json{{"workers", "<4>"}}; };
+    options.drain_worker = [this](const std::string& name) {
+      if (name != "decode-0") return absl::NotFoundError("secret words");
+      drained_ = name;
+      return absl::OkStatus();
+    };
     api_ = std::make_unique<OpenAiApi>(options);
     public_ = *HttpServer::Start({.limits = http_limits, .metrics = metrics_.get()}, api_->PublicHandler());
     operator_ = *HttpServer::Start({.threads = 1}, api_->OperatorHandler());
@@ -159,6 +166,8 @@ class OpenAiApiTest : public ::testing::Test {
     return Eventually([&] { return generations_->running() == 0 && api_->num_requests() == 0; });
   }
 
+  std::string drained_;                                    // the worker that was asked to drain
+  int32_t max_tokens_limit_ = 0, default_max_tokens_ = 0;  // of the model, when the servers start
   static text::Tokenizer* tokenizer_;
   std::shared_ptr<prometheus::Registry> registry_;
   std::unique_ptr<HttpMetrics> metrics_;
@@ -227,6 +236,24 @@ TEST_F(OpenAiApiTest, OperatorListenerShowsMetricsAndStatus) {
   const TestReply page = AskOperator(Get("/", "Accept: text/html\r\n"));
   EXPECT_THAT(page.body, HasSubstr("&lt;4>"));
   EXPECT_EQ(AskOperator(Get("/v1/models")).status, 404);
+}
+
+TEST_F(OpenAiApiTest, TheOperatorAndNobodyElseDrainsAWorkerByName) {
+  EXPECT_EQ(AskOperator(Post("/workers/decode-0/drain", "{}")).status, 202);
+  EXPECT_EQ(drained_, "decode-0");
+  drained_.clear();
+  const TestReply unknown = AskOperator(Post("/workers/decode-9/drain", "{}"));
+  EXPECT_EQ(unknown.status, 404);
+  EXPECT_EQ(CodeOf(unknown), "worker_not_found");
+  EXPECT_EQ(AskOperator(Get("/workers/decode-0/drain")).status, 405);
+  EXPECT_EQ(AskOperator(Post("/workers//drain", "{}")).status, 404);
+  EXPECT_EQ(AskOperator("POST /workers/decode-0/drain HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\n"
+                        "Content-Length: 0\r\n\r\n")
+                .status,
+            415)
+      << "what a web page may send without asking";
+  EXPECT_EQ(Ask(Post("/workers/decode-0/drain", "{}")).status, 404) << "not on the public port";
+  EXPECT_EQ(drained_, "");
 }
 
 TEST_F(OpenAiApiTest, MediaTypesOtherThanJsonAreRefused) {
@@ -462,6 +489,29 @@ TEST_F(OpenAiApiTest, PromptsFillTheContextToTheLastToken) {
   const TestReply reply = AskCompletion(absl::StrCat(R"(,"prompt":")", std::string(1 << 20, 'a'), "\""));
   EXPECT_EQ(CodeOf(reply), "context_length_exceeded");
   EXPECT_THAT(reply.body, HasSubstr("2048 tokens"));
+}
+
+TEST_F(OpenAiApiTest, TheServersOutputLimitIsACapAndTheDefaultIsApart) {
+  max_tokens_limit_ = 100, default_max_tokens_ = 40;
+  StartServers();
+  const TestReply over = AskChat(R"(,"max_tokens":101)");
+  EXPECT_EQ(over.status, 400);
+  EXPECT_EQ(CodeOf(over), "invalid_value");
+  EXPECT_EQ(ParamOf(over), "max_tokens");
+  EXPECT_THAT(over.body, HasSubstr("limit is 100"));
+  EXPECT_EQ(ParamOf(AskChat(R"(,"max_completion_tokens":101)")), "max_completion_tokens");
+  EXPECT_EQ(AskCompletion(R"(,"prompt":"a","max_tokens":101)").status, 400);
+  const auto asked = [&](const TestReply& reply) {
+    EXPECT_EQ(reply.status, 200) << reply.body;
+    return generations_->requests().back().max_tokens;
+  };
+  EXPECT_EQ(asked(AskChat(R"(,"max_tokens":100)")), 100);
+  EXPECT_EQ(asked(AskChat()), 40);
+  EXPECT_EQ(asked(AskCompletion(R"(,"prompt":"a")")), 16);
+  max_tokens_limit_ = 10, default_max_tokens_ = 0;
+  StartServers();
+  EXPECT_EQ(asked(AskChat()), 10);
+  EXPECT_EQ(asked(AskCompletion(R"(,"prompt":"a")")), 10);
 }
 
 TEST_F(OpenAiApiTest, RequestHeadersAreChecked) {

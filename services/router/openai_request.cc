@@ -21,7 +21,6 @@ namespace {
 
 using text::Concat;
 
-constexpr int32_t kCompletionsDefaultMaxTokens = 16;  // OpenAI's
 // Below this a distribution is a single spike in float32: greedy, without the overflow.
 constexpr double kGreedyTemperature = 1e-5;
 
@@ -225,7 +224,7 @@ absl::StatusOr<std::vector<int32_t>> EncodePrompt(const text::Prompt& prompt, co
   return ids;
 }
 
-// max_tokens and its newer name, against what is left of the context.
+// max_tokens and its newer name, against the server's limit and what is left of the context.
 absl::Status ResolveMaxTokens(JsonFields& fields, const ServedModel& model, int32_t default_max_tokens,
                               ApiRequest& out) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
@@ -240,7 +239,14 @@ absl::Status ResolveMaxTokens(JsonFields& fields, const ServedModel& model, int3
   const int64_t prompt_tokens = static_cast<int64_t>(out.prompt_ids.size());
   const int64_t left = model.context_length - prompt_tokens;
   int64_t max_tokens = std::max(old_name, new_name);
-  if (max_tokens == 0) max_tokens = std::min<int64_t>(default_max_tokens == 0 ? left : default_max_tokens, left);
+  const int64_t limit = model.max_tokens_limit == 0 ? kMax : model.max_tokens_limit;
+  if (max_tokens > limit) {
+    const std::string_view param = new_name != 0 ? "max_completion_tokens" : "max_tokens";
+    return InvalidRequest("invalid_value", param,
+                          Concat(param, ": ", max_tokens, ", this server's limit is ", limit, "."));
+  }
+  if (max_tokens == 0)
+    max_tokens = std::min({default_max_tokens == 0 ? left : int64_t{default_max_tokens}, limit, left});
   if (left < 1 || max_tokens > left) return TooLong(Concat(prompt_tokens), std::max<int64_t>(max_tokens, 1), model);
   RETURN_IF_ERROR(fields.ReadInteger("min_tokens", 0, max_tokens, min_tokens));
   out.max_tokens = static_cast<int32_t>(max_tokens);
@@ -368,7 +374,9 @@ absl::StatusOr<ApiRequest> ParseCompletionRequest(const Json& body, const Served
     }
   }
   if (echo) out.echo = model.tokenizer->Decode(out.prompt_ids, /*skip_special=*/false);
-  RETURN_IF_ERROR(ResolveMaxTokens(fields, model, kCompletionsDefaultMaxTokens, out));
+  const int32_t default_max_tokens =
+      limits.completion_default_max_tokens == 0 ? model.default_max_tokens : limits.completion_default_max_tokens;
+  RETURN_IF_ERROR(ResolveMaxTokens(fields, model, default_max_tokens, out));
   for (auto& name : fields.Unknown()) out.ignored.push_back(std::move(name));
   return out;
 }

@@ -31,7 +31,8 @@ struct ServedModel {
   int32_t vocab_size = 0;
   const text::Tokenizer* tokenizer = nullptr;  // must outlive every user of this struct
   text::ChatOptions chat_defaults;             // release, and what a request leaves open
-  int32_t default_max_tokens = 0;              // chat requests without one; 0: what is left of the context
+  int32_t max_tokens_limit = 0;                // most that a request may ask for; 0: what is left of the context
+  int32_t default_max_tokens = 0;              // chat requests that ask for none; 0: the most that there can be
 };
 
 struct ApiRequest {

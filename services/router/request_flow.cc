@@ -27,6 +27,9 @@ uint64_t LeftMs(TimePoint deadline, TimePoint now) {
   return static_cast<uint64_t>(std::clamp<int64_t>(left, 1, 3600000));
 }
 
+// A worker counts its time from when it heard of it, in whole milliseconds: its word may come a little before our own.
+constexpr milliseconds kDeadlineSlack{50};
+
 double Seconds(Duration d) { return std::chrono::duration<double>(d).count(); }
 
 }  // namespace
@@ -383,7 +386,7 @@ void RequestFlow::OnPrefillDone(AttemptId id, const absl::Status& status, TimePo
     Requeue(*flow, why, now);
     return;
   }
-  Fail(*flow, ClientError(why), now);
+  Fail(*flow, ClientError(why, now + kDeadlineSlack >= flow->deadline), now);
 }
 
 // Opened as soon as there is a first token, beside the transfer: its tokens start when the hand-off is committed.
@@ -450,7 +453,7 @@ void RequestFlow::OnDecodeDone(AttemptId id, const absl::Status& status, TimePoi
   const absl::Status why = status.ok() ? absl::InternalError("decode ended without an end") : status;
   spdlog::warn("request {} attempt {}: decode at {} ended after {} tokens: {}", attempt->wire_id, attempt->number,
                attempt->decode->name, flow->next_index, why.ToString());
-  Fail(*flow, ClientError(why), now);
+  Fail(*flow, ClientError(why, now + kDeadlineSlack >= flow->deadline), now);
 }
 
 bool RequestFlow::Deliver(Flow& flow, const v1::Token& token, TimePoint now) {

@@ -375,16 +375,24 @@ TEST_F(RequestFlowTest, WorkersErrorsBecomeTheClientsWithoutTheirWords) {
   const struct {
     absl::Status error;
     const char* code;
-  } kCases[] = {{absl::UnavailableError("expert-1 at 10.0.0.7:99"), "worker_lost"},
-                {absl::DataLossError("extent 7 of lease 12"), "handoff_failed"},
-                {absl::InternalError("logits of /models/x"), "internal_error"},
-                {absl::AbortedError("stale epoch"), "lease_lost"}};
+  } kCases[] = {
+      {absl::UnavailableError("expert-1 at 10.0.0.7:99"), "worker_lost"},
+      {absl::DataLossError("extent 7 of lease 12"), "handoff_failed"},
+      {absl::InternalError("logits of /models/x"), "internal_error"},
+      {absl::AbortedError("stale epoch"), "lease_lost"},
+      // Late without the request's deadline having passed: a stage of ours, which is named and not its fault.
+      {absl::DeadlineExceededError("Commit to 10.0.0.7"), "worker_late"},
+      {MakeError(absl::StatusCode::kUnavailable, "expert-1, layer 3", {.code = "experts_late"}), "experts_late"},
+      {MakeError(absl::StatusCode::kUnavailable, "decode-0", {.code = "handoff_late"}), "handoff_late"}};
   for (const auto& c : kCases) {
     Set([&](Script& s) { s.prefill_error_after_first = c.error; });
     auto running = Start(Request());
     ASSERT_TRUE(running.sink->WaitEnd());
     EXPECT_EQ(running.sink->code(), c.code);
     EXPECT_EQ(running.sink->error().message().find(c.error.message()), absl::string_view::npos);
+    if (c.error.code() != absl::StatusCode::kInternal) {
+      EXPECT_EQ(running.sink->error().code(), absl::StatusCode::kUnavailable) << c.code;
+    }
     ExpectNothingLeft();
   }
 }

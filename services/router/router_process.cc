@@ -17,6 +17,7 @@
 #include "engine/text/tokenizer.h"
 #include "services/common/metrics.h"
 #include "services/common/rpc.h"
+#include "services/common/startup_watch.h"
 #include "services/router/cluster_service.h"
 #include "services/router/http_server.h"
 #include "services/router/openai_api.h"
@@ -160,6 +161,8 @@ class RouterProcessImpl final : public RouterProcess {
  private:
   absl::Status LoadModel() {
     const v1::ModelSection& section = config_.model();
+    StartupWatch watch("router", absl::Milliseconds(config_.timers().startup_timeout_ms()));
+    watch.Waiting(absl::StrCat("config.json and tokenizer.json in ", section.path()));
     ASSIGN_OR_RETURN(model_config_, ModelConfig::Load(section.path()));
     ASSIGN_OR_RETURN(tokenizer_, text::Tokenizer::Load(section.path() + "/tokenizer.json",
                                                        static_cast<int>(model_config_.vocab_size)));
@@ -175,13 +178,15 @@ class RouterProcessImpl final : public RouterProcess {
     model_.chat_defaults.release =
         model_config_.dspark ? text::EncoderRelease::kDspark : text::EncoderRelease::kPreview;
     model_.chat_defaults.thinking = config_.router().default_thinking();
-    model_.default_max_tokens = static_cast<int32_t>(config_.router().max_tokens_limit());
+    model_.max_tokens_limit = static_cast<int32_t>(config_.router().max_tokens_limit());
+    model_.default_max_tokens = static_cast<int32_t>(config_.router().default_max_tokens());
     return absl::OkStatus();
   }
 
   absl::Status OpenInternal() {
     RpcServerOptions options;
     options.listen = config_.router().control_listen();
+    options.service_names = {v1::Cluster::service_full_name()};
     ASSIGN_OR_RETURN(internal_grpc_, RpcServer::Start(options, {&*cluster_service_}));
     internal_grpc_->SetServing(true);
     return absl::OkStatus();
@@ -199,6 +204,11 @@ class RouterProcessImpl final : public RouterProcess {
     api.registry = &registry_metrics_;
     api.metrics = &*http_metrics_;
     api.status = [this] { return StatusJson(*flow_); };
+    api.drain_worker = [this](const std::string& name) {
+      absl::Status status;
+      loop_.Call([&](TimePoint) { status = registry_->Drain(name, "the operator asked"); });
+      return status;
+    };
     api_ = std::make_unique<OpenAiApi>(std::move(api));
     if (!Off(section.http_listen())) {
       ASSIGN_OR_RETURN(http_, OpenHttp("router.http_listen", section.http_listen(), section.max_connections(),
@@ -220,6 +230,7 @@ class RouterProcessImpl final : public RouterProcess {
       RpcServerOptions options;
       options.listen = section.grpc_listen();
       options.max_receive_bytes = kMaxPublicMessageBytes;
+      options.service_names = {v1::Inference::service_full_name()};
       ASSIGN_OR_RETURN(public_grpc_, RpcServer::Start(options, {inference_.get()}));
       public_grpc_->SetServing(true);
     }

@@ -13,6 +13,7 @@
 #include "engine/status.h"
 #include "services/common/error.h"
 #include "services/common/grpc_status.h"
+#include "services/common/http_status.h"
 #include "services/router/choice_text.h"
 #include "services/router/http_server.h"
 #include "services/router/inference_request.h"
@@ -60,16 +61,12 @@ namespace {
 constexpr size_t kPauseAtEvents = 1024;
 constexpr size_t kEndAtEvents = 4096;
 
-// What a caller is told. The stable code word leads the message, for people; machines read the metadata.
+// grpc_status.h says it in the status; what gRPC itself understands goes beside it.
 grpc::Status PublicStatus(grpc::CallbackServerContext* context, const absl::Status& status) {
-  const PublicError error = ToPublicError(status);
-  context->AddTrailingMetadata("millrace-error-code", error.error.code);
-  if (!error.error.param.empty()) context->AddTrailingMetadata("millrace-error-param", error.error.param);
-  if (error.error.retry_after_s) {
-    context->AddTrailingMetadata("grpc-retry-pushback-ms",
-                                 absl::StrCat(static_cast<int64_t>(*error.error.retry_after_s * 1000)));
+  if (const auto retry_after_s = ToHttpError(status).retry_after_s) {
+    context->AddTrailingMetadata("grpc-retry-pushback-ms", absl::StrCat(int64_t{*retry_after_s} * 1000));
   }
-  return ToGrpcStatus(absl::Status(status.code(), absl::StrCat(error.error.code, ": ", error.message)));
+  return ToPublicGrpcStatus(status);
 }
 
 void FillToken(const GeneratedToken& from, v1::Token* to) {

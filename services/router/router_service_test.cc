@@ -13,7 +13,10 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "google/rpc/error_details.pb.h"
+#include "google/rpc/status.pb.h"
 #include "millrace/v1/cluster.grpc.pb.h"
 #include "millrace/v1/handoff.grpc.pb.h"
 #include "services/common/error.h"
@@ -77,8 +80,19 @@ class RouterServiceTest : public ::testing::Test {
       if (event.has_end()) out.end = event.end();
     }
     out.status = reader->Finish();
-    out.code = Trailer(context, "millrace-error-code");
+    out.code = absl::AsciiStrToLower(Detail<google::rpc::ErrorInfo>(out.status).reason());
     return out;
+  }
+  // The detail of this kind in the status, or an empty one.
+  template <typename Kind>
+  static Kind Detail(const grpc::Status& status) {
+    google::rpc::Status unpacked;
+    EXPECT_TRUE(unpacked.ParseFromString(status.error_details()));
+    Kind detail;
+    for (const auto& any : unpacked.details()) {
+      if (any.UnpackTo(&detail)) break;
+    }
+    return detail;
   }
   static v1::GenerateRequest Prompt(const std::string& text) {
     v1::GenerateRequest request;
@@ -230,13 +244,36 @@ TEST_F(RouterServiceTest, ClusterErrorsKeepTheirCodesAndSayWhenToComeBack) {
   auto reader = stub_->Generate(&context, Prompt("x"));
   v1::GenerateEvent event;
   EXPECT_FALSE(reader->Read(&event));
-  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  const grpc::Status refused = reader->Finish();
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_EQ(Trailer(context, "grpc-retry-pushback-ms"), "2000");
+  EXPECT_EQ(Detail<google::rpc::RetryInfo>(refused).retry_delay().seconds(), 2);
+  EXPECT_EQ(Detail<google::rpc::ErrorInfo>(refused).reason(), "OVERLOADED");
+  EXPECT_EQ(Detail<google::rpc::ErrorInfo>(refused).domain(), "millrace");
+  EXPECT_EQ(Detail<google::rpc::BadRequest>(refused).field_violations_size(), 0);
 
   generations_.SetScript({.text = "Hello world", .error = absl::InternalError("secret 10.0.0.7"), .error_after = 2});
   const Generated out = Generate(Prompt("x"));
   EXPECT_EQ(out.status.error_code(), grpc::StatusCode::INTERNAL);
   EXPECT_EQ(out.status.error_message().find("10.0.0.7"), std::string::npos);
+  EXPECT_EQ(out.status.error_details().find("10.0.0.7"), std::string::npos);
+  EXPECT_FALSE(Detail<google::rpc::RetryInfo>(out.status).has_retry_delay()) << "the same request would fail again";
+  // Words of the cluster's own carry no time to come back; the table of HTTP has one.
+  generations_.SetScript({.start_error = absl::UnavailableError("decode-0 at 10.0.0.7")});
+  const Generated unavailable = Generate(Prompt("x"));
+  EXPECT_EQ(Detail<google::rpc::RetryInfo>(unavailable.status).retry_delay().seconds(), 5);
+  EXPECT_EQ(unavailable.status.error_details().find("10.0.0.7"), std::string::npos);
+}
+
+TEST_F(RouterServiceTest, ABadFieldIsInTheDetails) {
+  v1::GenerateRequest request = Prompt("x");
+  request.mutable_options()->set_temperature(3);
+  const grpc::Status status = Generate(request).status;
+  const auto bad = Detail<google::rpc::BadRequest>(status);
+  ASSERT_EQ(bad.field_violations_size(), 1);
+  EXPECT_EQ(bad.field_violations(0).field(), "temperature");
+  EXPECT_THAT(status.error_message(), HasSubstr(bad.field_violations(0).description()));
+  EXPECT_FALSE(Detail<google::rpc::RetryInfo>(status).has_retry_delay());
 }
 
 TEST_F(RouterServiceTest, AbortCancelsByIdAndAnIdIsNotUsedTwiceAtOnce) {

@@ -177,6 +177,18 @@ void WorkerRegistry::Remove(std::map<Key, Member>::iterator member, const std::s
   if (on_change_) on_change_(now);
 }
 
+absl::Status WorkerRegistry::Drain(const std::string& name, const std::string& reason) {
+  for (auto& [key, member] : members_) {
+    if (member.view.name != name) continue;
+    spdlog::info("asking {} {} to drain: {}", RoleWord(member.view.role), name, reason);
+    v1::RouterMessage message;
+    message.mutable_drain()->set_reason(reason);
+    member.connection->Send(std::move(message));
+    return absl::OkStatus();
+  }
+  return absl::NotFoundError(absl::StrCat("no worker ", name));
+}
+
 void WorkerRegistry::CloseAll(const std::string& reason) {
   for (auto& [key, member] : members_) member.connection->Close(absl::UnavailableError(reason));
   members_.clear();

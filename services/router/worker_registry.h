@@ -53,6 +53,9 @@ class WorkerRegistry {
   // Ends members that have been silent for dead_after. Call at least every heartbeat / 5.
   void Sweep(TimePoint now);
 
+  // Asks the worker of this name to drain. NotFound: there is none. The worker's own status tells when it has begun.
+  absl::Status Drain(const std::string& name, const std::string& reason);
+
   // Closes every stream with UNAVAILABLE.
   void CloseAll(const std::string& reason);
 

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -145,6 +146,18 @@ TEST_F(WorkerRegistryTest, EveryChangeOfTheExpertPoolReachesPrefillAndDecode) {
   EXPECT_EQ(prefill->Peers(), "e1 ");
   registry_.OnDisconnected(loading, At(0));
   EXPECT_EQ(decode->Peers(), "");
+}
+
+TEST_F(WorkerRegistryTest, ADrainReachesTheWorkerThatWasNamed) {
+  const auto first = JoinReady(v1::ROLE_DECODE, "d0", 1), second = JoinReady(v1::ROLE_DECODE, "d1", 2);
+  ASSERT_TRUE(registry_.Drain("d1", "maintenance").ok());
+  const auto asked = [](const FakeConnection& connection) {
+    return std::count_if(connection.sent.begin(), connection.sent.end(),
+                         [](const auto& message) { return message.drain().reason() == "maintenance"; });
+  };
+  EXPECT_EQ(asked(*first), 0);
+  EXPECT_EQ(asked(*second), 1);
+  EXPECT_EQ(registry_.Drain("d2", "maintenance").code(), absl::StatusCode::kNotFound);
 }
 
 TEST_F(WorkerRegistryTest, WhatIsNotAWorkerIsRefused) {

@@ -55,10 +55,10 @@ def run_alone(request, numerics=None, extra=()):
 
 class Cluster:
     def __init__(self, prefill=1, decode=1, experts=1, numerics=None, expert_transport=None, env=None, timers=None,
-                 decode_section=None, prefill_section=None):
+                 decode_section=None, prefill_section=None, router_section=None, model=MODEL):
         self.directory = tempfile.mkdtemp(prefix="millrace-test-")
         self.http_port, self.operator_port, self.grpc_port, control = (free_port() for _ in range(4))
-        model = {"path": MODEL, "id": "demo"}
+        model = {"path": model, "id": "demo"}
         if numerics:
             model["numerics"] = numerics
         names = {"prefill": prefill, "decode": decode, "expert": experts}
@@ -75,8 +75,10 @@ class Cluster:
                 "operator_listen": f"127.0.0.1:{self.operator_port}",
                 "grpc_listen": f"127.0.0.1:{self.grpc_port}",
                 "control_listen": f"127.0.0.1:{control}",
+                **(router_section or {}),
             },
-            "timers": timers or {},
+            # The defaults are for machines that serve; one that runs tests may stand still for seconds.
+            "timers": {"expert_timeout_ms": 5000, "watchdog_ms": 10000, **(timers or {})},
             **sections,
         }
         if expert_transport:
@@ -175,8 +177,8 @@ class Cluster:
         finally:
             connection.close()
 
-    def post(self, path, body, headers=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=PATIENCE * 3)
+    def post(self, path, body, headers=None, port=None):
+        connection = http.client.HTTPConnection("127.0.0.1", port or self.http_port, timeout=PATIENCE * 3)
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **(headers or {})})
             reply = connection.getresponse()

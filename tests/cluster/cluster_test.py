@@ -6,13 +6,15 @@ Run by ctest as cluster_test.py SUITE; without an argument all suites run.
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import unittest
 
-from cluster import BINARY, PATIENCE, ROOT, Cluster, float32, run_alone, wait_until
+from cluster import BINARY, MODEL, PATIENCE, ROOT, Cluster, float32, run_alone, wait_until
 
 LENGTHS = [*range(1, 7), *range(127, 134), *range(255, 259), *range(511, 515), 1000, 3000, 6000]
 VOCABULARY = 1400  # below the demo's added tokens
@@ -386,6 +388,82 @@ class Drain(ClusterCase):
                 stream.close()
             for name in ("decode-0", "prefill-0"):
                 self.assertEqual(cluster.processes[name].wait(30), 0)
+
+
+    def test_the_operator_drains_a_worker_and_no_request_is_lost(self):
+        with Cluster(prefill=1, decode=2, experts=1) as cluster:
+            streams = [cluster.stream("/v1/completions", completion(50, max_tokens=300)) for _ in range(4)]
+            events = [stream.events() for stream in streams]
+            for each in events:
+                next(each)
+            self.assertEqual(cluster.post("/workers/nobody/drain", {}, port=cluster.operator_port)[0], 404)
+            self.assertEqual(cluster.post("/workers/decode-0/drain", {})[0], 404)  # not on the public port
+            status, reply = cluster.post("/workers/decode-0/drain", {}, port=cluster.operator_port)
+            self.assertEqual((status, reply["worker"]), (202, "decode-0"))
+            for stream, each in zip(streams, events):
+                self.assertEqual(list(each)[-1], "[DONE]")
+                stream.close()
+            self.assertEqual(cluster.processes["decode-0"].wait(40), 0)
+            self.assert_same_bits(cluster, completion(128))
+
+
+class Files(unittest.TestCase):
+    """Model files that go wrong after the start, or that keep it from coming."""
+
+    def copy_of_model(self):
+        folder = tempfile.mkdtemp(prefix="millrace-model-")
+        self.addCleanup(shutil.rmtree, folder)
+        for name in os.listdir(MODEL):
+            shutil.copy(os.path.join(MODEL, name), folder)
+        return folder
+
+    def log_of(self, cluster, name):
+        with open(os.path.join(cluster.directory, name + ".log"), errors="replace") as log:
+            return log.read()
+
+    def test_a_shard_cut_short_while_it_is_loaded_is_named(self):
+        model = self.copy_of_model()
+        cluster = Cluster(prefill=1, decode=0, experts=0, model=model)
+        self.addCleanup(cluster.stop)
+        cluster.start("prefill-0", env={"MILLRACE_FAILPOINTS": "w.load=sleep(3000)"})
+        process = cluster.processes["prefill-0"]
+        shards = [os.path.join(model, name) for name in os.listdir(model) if name.endswith(".safetensors")]
+
+        def mapped():
+            self.assertIsNone(process.poll(), self.log_of(cluster, "prefill-0"))
+            with open(f"/proc/{process.pid}/maps") as maps:
+                text = maps.read()
+            return all(shard in text for shard in shards)
+        wait_until(mapped, "shards mapped")
+        for shard in shards:
+            os.truncate(shard, 4096)
+        self.assertEqual(process.wait(PATIENCE), 72)
+        self.assertIn(".safetensors", self.log_of(cluster, "prefill-0").splitlines()[-1])
+
+    def test_a_start_that_stands_still_ends_and_says_what_it_waits_for(self):
+        cluster = Cluster(prefill=1, decode=0, experts=0, timers={"startup_timeout_ms": 1500})
+        self.addCleanup(cluster.stop)
+        cluster.start("prefill-0", env={"MILLRACE_FAILPOINTS": "w.load=hang"})
+        self.assertEqual(cluster.processes["prefill-0"].wait(PATIENCE), 69)
+        log = self.log_of(cluster, "prefill-0")
+        self.assertIn("start-up waits for the weights in", log)
+        self.assertIn("timers.startup_timeout_ms", log)
+
+    def test_keys_that_would_run_code_are_ignored_with_one_warning(self):
+        model = self.copy_of_model()
+        path = os.path.join(model, "config.json")
+        with open(path) as source:
+            config = json.load(source)
+        config.update(auto_map={"AutoModel": "evil.Model"}, trust_remote_code=True)
+        with open(path, "w") as out:
+            json.dump(config, out)
+        with Cluster(experts=0, model=model) as cluster:
+            self.assertEqual(cluster.post("/v1/completions", completion(4))[0], 200)
+            for name in ("prefill-0", "decode-0"):
+                self.assertEqual(self.log_of(cluster, name).count("config.json: ignored auto_map, trust_remote_code"), 1)
+        done = subprocess.run([BINARY, "run", model, "--prompt", "Hi", "--quiet"], capture_output=True, timeout=PATIENCE)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stderr.decode().count("config.json: ignored auto_map"), 1)
 
 
 def child_of(parent, word):

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one suite of the client tests: run.py python|node|grpcurl [ARGUMENTS of the suite].
+
+Installs the client if it is not there (install.sh) and starts its suite where it finds it. Exit status: the suite's; 77
+when the client cannot be had, which ctest reports as skipped.
+"""
+import os
+import subprocess
+import sys
+
+from case import CACHE, HERE, MODEL, Cluster
+
+MAX_REQUESTS = 4
+
+
+def run_node(arguments):
+    """The suite is JavaScript: the cluster is ours and it hears of it by its environment."""
+    with Cluster(experts=2, router_section={"max_requests": MAX_REQUESTS}) as cluster:
+        environment = dict(os.environ,
+                           MILLRACE_NODE_SDK=os.path.join(CACHE, "node"),
+                           MILLRACE_MODEL=MODEL,
+                           MILLRACE_MAX_REQUESTS=str(MAX_REQUESTS),
+                           MILLRACE_URL=f"http://127.0.0.1:{cluster.http_port}/v1",
+                           MILLRACE_OPERATOR_URL=f"http://127.0.0.1:{cluster.operator_port}/")
+        status = subprocess.call(["node", os.path.join(HERE, "node_test.mjs"), *arguments], env=environment)
+        if status == 0:
+            cluster.expect_nothing_left()
+        else:
+            cluster.show_logs()
+    return status
+
+
+def main():
+    suite, *arguments = sys.argv[1:] or [""]
+    installed = subprocess.call([os.path.join(HERE, "install.sh"), suite])
+    if installed != 0:
+        return installed
+    if suite == "node":
+        return run_node(arguments)
+    interpreter = os.path.join(CACHE, "python/bin/python") if suite == "python" else sys.executable
+    return subprocess.call([interpreter, "-B", os.path.join(HERE, f"{suite}_test.py"), *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
