@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-BINARIES=(millrace ops_cuda_test golden_test equality_test)
+BINARIES=(millrace ops_cuda_test golden_test equality_test cuda_engine_bench)
 STAGE="$(mktemp -d)"
 trap 'rm -rf "$STAGE"' EXIT
 

@@ -9,11 +9,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "engine/device/cuda_device.h"
 #include "engine/model/cuda_forward.h"
+#include "engine/ops/cuda_sampler.h"
 #include "engine/ops/rounding.h"
 #include "engine/paged_engine.h"
 #include "engine/status.h"
@@ -28,6 +30,16 @@ constexpr int kCudaKernelRevision = 1;
 
 // Rows of logits that exist at a time: 64 rows of the released vocabulary are 33 MB.
 constexpr int64_t kLogitRows = 64;
+
+// Left to the driver: kernels' code, captured graphs.
+constexpr int64_t kHeadroom = 256 << 20;
+
+// Sizes that decode batches are padded to: within an eighth of the rows, and few enough graphs.
+int64_t PaddedBatch(int64_t n, int64_t most) {
+  int64_t step = 1;
+  while (step * 8 < n) step *= 2;
+  return std::min((n + step - 1) / step * step, most);
+}
 
 // The kernels' own limits, each named with what was found.
 absl::Status CheckShapes(const ModelConfig& c) {
@@ -67,6 +79,7 @@ struct UploadBlock {
   PassBlock backbone, mtp;
   int32_t* backbone_sequence = nullptr;  // of the MTP pass's sequences
   int32_t* logit_rows = nullptr;
+  cuda::DrawRequest* draws = nullptr;  // of the rows that are sampled, in the order of logit_rows
   int64_t bytes = 0;
 
   // At most two wanted rows a row: a logit row that is sampled too is asked for twice.
@@ -77,6 +90,7 @@ struct UploadBlock {
     b.mtp = PassBlock::LayOut(bump, rows, sequences);
     b.backbone_sequence = bump.Take<int32_t>(sequences);
     b.logit_rows = bump.Take<int32_t>(2 * rows);
+    b.draws = bump.Take<cuda::DrawRequest>(sequences);
     b.bytes = bump.used();
     return b;
   }
@@ -97,19 +111,22 @@ class CudaEngine : public PagedEngine {
     limits_.mtp = options_.mtp;
     limits_.local_experts = options_.exchange == nullptr;
     table_pages_ = (limits_.max_tokens + kPageTokens - 1) / kPageTokens;
+    const int64_t num_slots = options_.max_sequences + 1;  // the last is the scratch slot of padded rows
 
     // The budget: everything the engine will ever hold on the device.
     const UploadBlock upload = UploadBlock::LayOut(nullptr, limits_.rows, limits_.sequences);
     weight_bytes_ = cuda::ModelWeights::Bytes(*checkpoint_, options_.mtp, limits_.local_experts);
     const int64_t pages = options_.cache_pages * layout_.page_bytes;
-    const int64_t slots = options_.max_sequences * layout_.slot_bytes;
+    const int64_t slots = num_slots * layout_.slot_bytes;
     const int64_t workspace = cuda::CudaForward::WorkspaceBytes(config(), limits_);
-    const int64_t tables = options_.max_sequences * table_pages_ * int64_t{4} + upload.bytes;
-    const int64_t total = weight_bytes_ + pages + slots + workspace + tables;
-    const std::string budget = absl::StrCat(
-        device.name, ": weights ", Mebibytes(weight_bytes_), ", ", options_.cache_pages, " pages ", Mebibytes(pages),
-        ", ", options_.max_sequences, " slots ", Mebibytes(slots), ", workspace ", Mebibytes(workspace + tables), "; ",
-        Mebibytes(total), " of ", Mebibytes(device.free_bytes), " free");
+    const int64_t tables = num_slots * table_pages_ * int64_t{4};
+    const int64_t results = limits_.sequences * static_cast<int64_t>(sizeof(cuda::DrawResult));
+    const int64_t total = weight_bytes_ + pages + slots + workspace + tables + upload.bytes + results + kHeadroom;
+    const std::string budget =
+        absl::StrCat(device.name, ": weights ", Mebibytes(weight_bytes_), ", ", options_.cache_pages, " pages ",
+                     Mebibytes(pages), ", ", num_slots, " slots ", Mebibytes(slots), ", workspace ",
+                     Mebibytes(workspace + tables + upload.bytes + results), ", headroom ", Mebibytes(kHeadroom), "; ",
+                     Mebibytes(total), " of ", Mebibytes(device.free_bytes), " free");
     if (total > device.free_bytes) {
       return absl::ResourceExhaustedError(absl::StrCat("device memory: ", budget));
     }
@@ -118,11 +135,12 @@ class CudaEngine : public PagedEngine {
     ASSIGN_OR_RETURN(pages_memory_, cuda::DeviceBuffer::Take(pages, "cache pages"));
     ASSIGN_OR_RETURN(slots_memory_, cuda::DeviceBuffer::Take(slots, "state slots"));
     ASSIGN_OR_RETURN(workspace_memory_, cuda::DeviceBuffer::Take(workspace, "workspace"));
-    ASSIGN_OR_RETURN(tables_memory_,
-                     cuda::DeviceBuffer::Take(options_.max_sequences * table_pages_ * int64_t{4}, "block tables"));
+    ASSIGN_OR_RETURN(tables_memory_, cuda::DeviceBuffer::Take(tables, "block tables"));
     ASSIGN_OR_RETURN(upload_memory_, cuda::DeviceBuffer::Take(upload.bytes, "pass"));
     ASSIGN_OR_RETURN(upload_staging_, cuda::PinnedBuffer::Take(upload.bytes, "pass"));
     ASSIGN_OR_RETURN(logits_staging_, cuda::PinnedBuffer::Take(limits_.logit_rows * config().vocab_size * 4, "logits"));
+    ASSIGN_OR_RETURN(results_memory_, cuda::DeviceBuffer::Take(results, "drawn tokens"));
+    ASSIGN_OR_RETURN(results_staging_, cuda::PinnedBuffer::Take(results, "drawn tokens"));
     pages_base_ = pages_memory_.data();
     slots_base_ = slots_memory_.data();
     host_ = UploadBlock::LayOut(upload_staging_.data(), limits_.rows, limits_.sequences);
@@ -185,14 +203,22 @@ class CudaEngine : public PagedEngine {
     }
   }
 
-  cuda::PassView View(const PassBlock& block, int64_t rows, size_t sequences) const {
-    return {
-        rows,        static_cast<int>(sequences), block.token_ids, block.positions, block.row_sequence, block.sequences,
-        pages_base_, layout_.page_bytes};
+  cuda::PassView View(const PassBlock& block, const PassRows& rows) const {
+    return {static_cast<int64_t>(rows.ids.size()),
+            static_cast<int>(rows.sequences.size()),
+            block.token_ids,
+            block.positions,
+            block.row_sequence,
+            block.sequences,
+            pages_base_,
+            layout_.page_bytes};
   }
 
   absl::Status Run(absl::Span<const Chunk> chunks, const ForwardOptions& options, std::vector<ChunkOutput>& out) {
-    const PassRows rows = MakePass(chunks);
+    PassRows rows = MakePass(chunks);
+    const bool step = IsStep(chunks, rows, options);
+    const auto batch = static_cast<int64_t>(chunks.size());
+    if (step) Pad(rows, PaddedBatch(batch, std::min<int64_t>(limits_.sequences, limits_.rows)));
     Fill(rows, host_.backbone);
     PassRows mtp_rows;
     std::vector<int32_t> owners;
@@ -203,24 +229,21 @@ class CudaEngine : public PagedEngine {
         host_.backbone_sequence[i] = owners[mtp_rows.sequences[i].row];
       }
     }
-    int64_t num_logits = 0;
-    for (size_t i = 0; i < chunks.size(); ++i) {
-      const int32_t first = static_cast<int32_t>(rows.sequences[i].row);
-      for (int32_t r : chunks[i].logit_rows) host_.logit_rows[num_logits++] = first + r;
-      if (chunks[i].sampling != nullptr) {
-        host_.logit_rows[num_logits++] = first + static_cast<int32_t>(rows.sequences[i].count) - 1;
-      }
-    }
+    const int64_t num_logits =
+        step ? FillStepDraws(chunks, static_cast<int64_t>(rows.ids.size())) : FillLogitRows(chunks, rows);
     CUDA_CHECK(cudaMemcpyAsync(upload_memory_.data(), upload_staging_.data(), host_.bytes, cudaMemcpyHostToDevice,
                                stream_->get()));
 
-    const cuda::PassView pass = View(device_.backbone, static_cast<int64_t>(rows.ids.size()), rows.sequences.size());
+    const cuda::PassView pass = View(device_.backbone, rows);
+    if (step) {
+      Replay(pass, mtp_rows.ids.empty() ? cuda::PassView{} : View(device_.mtp, mtp_rows));
+      TakeStep(chunks, out);
+      return absl::OkStatus();
+    }
     Watch watch(*this, options, rows);
     RETURN_IF_ERROR(forward_->Forward(pass, watch.wanted() ? &watch : nullptr));
     if (!mtp_rows.ids.empty()) {
-      const cuda::PassView mtp =
-          View(device_.mtp, static_cast<int64_t>(mtp_rows.ids.size()), mtp_rows.sequences.size());
-      RETURN_IF_ERROR(forward_->ForwardMtp(mtp, pass, device_.backbone_sequence));
+      RETURN_IF_ERROR(forward_->ForwardMtp(View(device_.mtp, mtp_rows), pass, device_.backbone_sequence));
       if (options.tap != nullptr) TellMtp(chunks, mtp_rows, owners, *options.tap);
     }
     forward_->StoreStreams(pass);
@@ -228,6 +251,93 @@ class CudaEngine : public PagedEngine {
     stream_->Wait();
     return absl::OkStatus();
   }
+
+  // One token for each sequence, each sampled, nobody watching, experts here: what can be a graph.
+  bool IsStep(absl::Span<const Chunk> chunks, const PassRows& rows, const ForwardOptions& options) const {
+    if (options.tap != nullptr || options.on_layer_done || options_.exchange != nullptr) return false;
+    if (static_cast<int64_t>(chunks.size()) > limits_.logit_rows) return false;
+    return std::all_of(
+               chunks.begin(), chunks.end(),
+               [](const Chunk& c) { return c.tokens.size() == 1 && c.logit_rows.empty() && c.sampling != nullptr; }) &&
+           std::all_of(rows.sequences.begin(), rows.sequences.end(), [](const SequenceRows& s) { return s.start > 0; });
+  }
+
+  // Rows at position 1 of the scratch slot: no entry is complete there, so no page is touched, and an MTP row exists.
+  void Pad(PassRows& rows, int64_t batch) const {
+    while (static_cast<int64_t>(rows.ids.size()) < batch) {
+      rows.sequences.push_back({static_cast<int64_t>(rows.ids.size()), 1, 1, ScratchSlot(), nullptr});
+      rows.ids.push_back(0);
+      rows.positions.push_back(1);
+    }
+  }
+  uint8_t* ScratchSlot() const { return slots_base_ + options_.max_sequences * layout_.slot_bytes; }
+
+  int64_t FillStepDraws(absl::Span<const Chunk> chunks, int64_t batch) {
+    for (int64_t i = 0; i < batch; ++i) {
+      const bool real = i < static_cast<int64_t>(chunks.size());
+      host_.logit_rows[i] = static_cast<int32_t>(i);
+      // What the device cannot draw is drawn here afterwards; its row goes through all the same.
+      host_.draws[i] = real ? cuda::MakeDrawRequest(*chunks[i].sampling, static_cast<int32_t>(i))
+                            : cuda::DrawRequest{.row = static_cast<int32_t>(i), .greedy = 1};
+    }
+    return batch;
+  }
+
+  int64_t FillLogitRows(absl::Span<const Chunk> chunks, const PassRows& rows) {
+    int64_t num = 0;
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const int32_t first = static_cast<int32_t>(rows.sequences[i].row);
+      for (int32_t r : chunks[i].logit_rows) host_.logit_rows[num++] = first + r;
+      if (chunks[i].sampling != nullptr) {
+        host_.logit_rows[num++] = first + static_cast<int32_t>(rows.sequences[i].count) - 1;
+      }
+    }
+    return num;
+  }
+
+  // A whole decode step on the device: as launches the first time, then as a graph. One batch size has one shape.
+  void Replay(const cuda::PassView& pass, const cuda::PassView& mtp) {
+    const auto enqueue = [&] {
+      CHECK(forward_->Forward(pass, nullptr).ok(), "experts are here: nothing can fail");
+      if (mtp.num_rows != 0) CHECK(forward_->ForwardMtp(mtp, pass, device_.backbone_sequence).ok());
+      forward_->StoreStreams(pass);
+      const float* logits = forward_->Logits(device_.logit_rows, pass.num_rows);
+      cuda::DrawTokens(logits, config().vocab_size, device_.draws, pass.num_rows, Results(), stream_->get());
+    };
+    StepGraph& graph = graphs_[pass.num_rows];
+    if (graph.steps++ == 0) return enqueue();
+    if (graph.exec == nullptr) {
+      CUDA_CHECK(cudaStreamBeginCapture(stream_->get(), cudaStreamCaptureModeThreadLocal));
+      enqueue();
+      cudaGraph_t captured;
+      CUDA_CHECK(cudaStreamEndCapture(stream_->get(), &captured));
+      CUDA_CHECK(cudaGraphInstantiate(&graph.exec, captured, 0));
+      CUDA_CHECK(cudaGraphDestroy(captured));
+    }
+    CUDA_CHECK(cudaGraphLaunch(graph.exec, stream_->get()));
+  }
+
+  void TakeStep(absl::Span<const Chunk> chunks, std::vector<ChunkOutput>& out) {
+    const auto batch = static_cast<int64_t>(chunks.size());
+    CUDA_CHECK(cudaMemcpyAsync(results_staging_.data(), Results(), batch * sizeof(cuda::DrawResult),
+                               cudaMemcpyDeviceToHost, stream_->get()));
+    stream_->Wait();
+    const auto* results = reinterpret_cast<const cuda::DrawResult*>(results_staging_.data());
+    const float* logits = nullptr;
+    for (int64_t i = 0; i < batch; ++i) {
+      if (cuda::DrawsOnDevice(*chunks[i].sampling)) {
+        out[i].sampled = cuda::FinishDraw(results[i]);
+        continue;
+      }
+      if (logits == nullptr) logits = CopyBack(forward_->last_logits(), batch);
+      out[i].sampled = SampleRow(logits + i * config().vocab_size, *chunks[i].sampling);
+    }
+  }
+
+  SampledToken SampleRow(const float* logits, const SamplingRequest& request) const {
+    return Sample({logits, static_cast<size_t>(config().vocab_size)}, request);
+  }
+  cuda::DrawResult* Results() const { return reinterpret_cast<cuda::DrawResult*>(results_memory_.data()); }
 
   void TakeLogits(absl::Span<const Chunk> chunks, int64_t num_logits, std::vector<ChunkOutput>& out) {
     const int64_t vocab = config().vocab_size;
@@ -247,7 +357,7 @@ class CudaEngine : public PagedEngine {
         if (taken < static_cast<int64_t>(chunks[chunk].logit_rows.size())) {
           out[chunk].logits.insert(out[chunk].logits.end(), row, row + vocab);
         } else {
-          out[chunk].sampled = Sample({row, static_cast<size_t>(vocab)}, *chunks[chunk].sampling);
+          out[chunk].sampled = SampleRow(row, *chunks[chunk].sampling);
         }
       }
     });
@@ -347,11 +457,25 @@ class CudaEngine : public PagedEngine {
 
   cuda::ForwardLimits limits_;
   int64_t table_pages_ = 0;
-  cuda::DeviceBuffer weights_memory_, pages_memory_, slots_memory_, workspace_memory_, tables_memory_, upload_memory_;
-  cuda::PinnedBuffer upload_staging_, logits_staging_;
+  // A captured step of one padded batch size.
+  struct StepGraph {
+    StepGraph() = default;
+    StepGraph(const StepGraph&) = delete;
+    StepGraph& operator=(const StepGraph&) = delete;
+    ~StepGraph() {
+      if (exec != nullptr) cudaGraphExecDestroy(exec);
+    }
+    int64_t steps = 0;
+    cudaGraphExec_t exec = nullptr;
+  };
+
+  cuda::DeviceBuffer weights_memory_, pages_memory_, slots_memory_, workspace_memory_, tables_memory_, upload_memory_,
+      results_memory_;
+  cuda::PinnedBuffer upload_staging_, logits_staging_, results_staging_;
   UploadBlock host_, device_;
   std::unique_ptr<cuda::Stream> stream_;
   std::unique_ptr<cuda::CudaForward> forward_;
+  std::map<int64_t, StepGraph> graphs_;  // by padded batch size
 };
 
 }  // namespace

@@ -61,6 +61,7 @@ class CudaForward {
   // limits.logit_rows. Valid until the next call.
   const float* Logits(const int32_t* rows, int64_t num);
   const float* MtpLogits(const int32_t* rows, int64_t num);
+  const float* last_logits() const { return a_.logits; }  // where those calls put them
 
  private:
   // Activations of one pass.

@@ -159,7 +159,10 @@ __device__ inline void FinishIndexKey(const float* pooled, const float* norm, fl
   int exponent = IndexGroupExponent(x);
   float inverse = PowerOfTwo(-exponent), factor = PowerOfTwo(exponent);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x.v[i] = DecodeE2m1(EncodeE2m1(x.v[i] * inverse)) * factor;
+  for (int i = 0; i < 4; ++i) {
+    const float v = DecodeE2m1(EncodeE2m1(x.v[i] * inverse)) * factor;
+    x.v[i] = v == 0 ? 0.0f : v;  // stored keys have no negative zero
+  }
   exponent = IndexGroupExponent(x);
   inverse = PowerOfTwo(-exponent);
   uint32_t packed = 0;

@@ -115,11 +115,15 @@ inline __host__ __device__ SkinnyShape ChooseSkinny(int block_k, int64_t n, int6
 // What one CTA may ask of shared memory on this generation.
 constexpr int64_t kMaxSmemBytes = 227 << 10;
 
-// Which shape a product of `rows` rows takes. Both give the same bits; this is about time and shared memory only.
+// Which shape a product of `rows` rows takes. Both give the same bits; this is about time and shared memory only: Tile
+// reads the weight once for 64 rows but has one block for 64 outputs, too few to fill the card while rows are few, and
+// always where outputs are (mHC).
+constexpr int64_t kMostSkinnyRows = 32, kFewOutputs = 64;
 enum class ProductShape { kSkinny1, kSkinny4, kTile };
 inline ProductShape ChooseProduct(int block_k, int64_t n, int64_t k, int64_t rows) {
   if (rows == 1 && ChooseSkinny(block_k, n, k, 1).smem_bytes <= kMaxSmemBytes) return ProductShape::kSkinny1;
-  if (rows <= 2 * kSkinnyRows && ChooseSkinny(block_k, n, k, kSkinnyRows).smem_bytes <= kMaxSmemBytes) {
+  if ((rows <= kMostSkinnyRows || n <= kFewOutputs) &&
+      ChooseSkinny(block_k, n, k, kSkinnyRows).smem_bytes <= kMaxSmemBytes) {
     return ProductShape::kSkinny4;
   }
   return ProductShape::kTile;

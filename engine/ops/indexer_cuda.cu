@@ -138,11 +138,24 @@ __device__ inline TwoCounts ExclusiveCounts(bool above, bool tied, TwoCounts* wa
   return {before.above + __popc(above_mask & lower), before.tied + __popc(tied_mask & lower)};
 }
 
-// Finds the bin that holds the `wanted`-th largest of a histogram of 256 and how many are wanted inside it. One thread.
+// Finds the bin that holds the `wanted`-th largest of a histogram of 256 and how many are wanted inside it. One warp;
+// lane 31 has the eight highest bins.
 __device__ inline void FindBin(const int* histogram, int wanted, int& bin, int& wanted_inside) {
-  bin = 255;
-  while (bin > 0 && histogram[bin] < wanted) wanted -= histogram[bin--];
-  wanted_inside = wanted;
+  const int lane = threadIdx.x, first = lane * 8;
+  int mine = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) mine += histogram[first + i];
+  int from_above = mine;  // in this lane's bins and all higher ones
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_down_sync(kFullWarp, from_above, offset);
+    if (lane + offset < 32) from_above += other;
+  }
+  if (from_above < wanted || from_above - mine >= wanted) return;
+  int left = wanted - (from_above - mine), b = first + 7;
+  while (histogram[b] < left) left -= histogram[b--];
+  bin = b;
+  wanted_inside = left;
 }
 
 __device__ inline void SelectRow(const uint16_t* scores, int64_t n, int topk, int32_t* out) {
@@ -160,7 +173,7 @@ __device__ inline void SelectRow(const uint16_t* scores, int64_t n, int topk, in
       if (round == 0 || bits >> 8 == threshold) atomicAdd(&histogram[(bits >> shift) & 255u], 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0) FindBin(histogram, remaining, bin, wanted);
+    if (threadIdx.x < 32) FindBin(histogram, remaining, bin, wanted);
     __syncthreads();
     threshold = threshold << 8 | static_cast<uint32_t>(bin);
     remaining = wanted;

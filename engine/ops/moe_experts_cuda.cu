@@ -28,7 +28,7 @@ struct Workspace {
 };
 
 // Rows of a tile: few where pairs are few, so that blocks waste no lanes.
-int TileRows(int64_t pairs) { return pairs <= 256 ? kSkinnyRows : kTileRows; }
+int TileRows(int64_t pairs) { return pairs <= 1024 ? kSkinnyRows : kTileRows; }
 
 int64_t MaxTiles(int num_experts, int64_t pairs) {
   return std::min<int64_t>(pairs, num_experts + pairs / TileRows(pairs));

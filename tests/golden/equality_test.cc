@@ -591,6 +591,71 @@ TEST(CudaStateTransfer, BetweenBackendsContinuesWithTheSameAnswer) {
   }
 }
 
+// A decode step on CUDA is a replayed graph over a padded batch, and its tokens are drawn on the device. The reference is
+// the same sequence alone, its logits brought back and sampled here.
+TEST(CudaSteps, ReplayedAndPaddedStepsDrawTheTokensOfLaunchesAlone) {
+  if (!CudaMissing().empty()) GTEST_SKIP() << CudaMissing();
+  const Subject subject{"", kDemoModel, Numerics::kRelease, DeviceKind::kCuda};
+  for (const bool mtp : {false, true}) {
+    EngineOptions options = Options(subject);
+    options.max_sequences = 20;
+    options.mtp = mtp;
+    const std::unique_ptr<Engine> engine = MakeEngine(kDemoModel, options);
+    const int64_t vocab = engine->config().vocab_size;
+    constexpr int kSteps = 8;
+    for (const size_t batch : {1, 2, 9, 11, 17}) {
+      SCOPED_TRACE(absl::StrCat(batch, " sequences, ", mtp ? "with" : "without", " MTP"));
+      std::vector<SequenceId> sequences, alone;
+      std::vector<std::vector<int32_t>> tokens;
+      for (size_t i = 0; i < batch; ++i) {
+        tokens.push_back(RandomTokens(subject, 3 + static_cast<int>(i * 29 % 140), static_cast<uint32_t>(i)));
+        sequences.push_back(*engine->NewSequence(200));
+        Continue(*engine, sequences[i], {.tokens = tokens[i]});
+      }
+      std::vector<std::vector<int32_t>> drawn(batch);
+      std::vector<std::vector<float>> logprobs(batch);
+      const auto request = [&](size_t i, int step) {
+        SamplingRequest r;
+        r.params.temperature = i % 3 == 0 ? 0.0f : i % 3 == 1 ? 1.0f : 0.7f;
+        r.params.seed = i;
+        r.params.top_k = i % 5 == 4 ? 20 : 0;  // those are drawn on the host, in the same step
+        r.token_index = static_cast<uint64_t>(step);
+        return r;
+      };
+      for (int step = 0; step < kSteps; ++step) {
+        std::vector<SamplingRequest> requests;
+        for (size_t i = 0; i < batch; ++i) requests.push_back(request(i, step));
+        std::vector<Chunk> chunks;
+        for (size_t i = 0; i < batch; ++i) {
+          const std::vector<int32_t>& from = step == 0 ? tokens[i] : drawn[i];
+          chunks.push_back({.sequence = sequences[i], .tokens = {&from.back(), 1}, .sampling = &requests[i]});
+        }
+        const auto outputs = engine->Forward(chunks);
+        ASSERT_TRUE(outputs.ok()) << outputs.status().ToString();
+        for (size_t i = 0; i < batch; ++i) {
+          drawn[i].push_back((*outputs)[i].sampled.id);
+          logprobs[i].push_back((*outputs)[i].sampled.logprob);
+        }
+      }
+      for (size_t i = 0; i < batch; ++i) {
+        SCOPED_TRACE(absl::StrCat("sequence ", i));
+        engine->Release(sequences[i]);
+        const SequenceId reference = *engine->NewSequence(200);
+        Continue(*engine, reference, {.tokens = tokens[i]});
+        int32_t next = tokens[i].back();
+        for (int step = 0; step < kSteps; ++step) {
+          const Observed seen = Continue(*engine, reference, {.tokens = {&next, 1}});
+          const SampledToken expected = Sample({seen.logits.data(), static_cast<size_t>(vocab)}, request(i, step));
+          ASSERT_EQ(drawn[i][step], expected.id) << "step " << step;
+          ASSERT_EQ(logprobs[i][step], expected.logprob) << "step " << step;
+          next = expected.id;
+        }
+        engine->Release(reference);
+      }
+    }
+  }
+}
+
 constexpr Subject kCudaSubjects[] = {{"DemoRelease", kDemoModel, Numerics::kRelease, DeviceKind::kCuda}};
 
 INSTANTIATE_TEST_SUITE_P(Cuda, Equality, testing::ValuesIn(kCudaSubjects),
