@@ -2,11 +2,11 @@
 SPDX-License-Identifier: Apache-2.0
 Who may call whom: the table from which every NetworkPolicy is made, and nothing else is.
 
-Membership goes from workers to the router, control from the router to prefill and decode workers, blocks and rows
-between workers. Nobody calls a prefill worker but the router; nobody but prefill and decode workers calls the pool.
-`data` is the port range of the block transport (network.dataPorts). UCX may open a connection of the answering side back
-to the caller, hence the rows on `data` in both directions. The kubelet's probes come from the node, which policies do
-not stop.
+Membership goes from workers to the router, control from the router to prefill and decode workers, blocks from prefill to
+decode workers, rows from both to the pool. `data` is the port range of the block transport (network.dataPorts): answers
+return on the caller's connection, so nobody opens one to a prefill worker but the router. RDMA passes policies by; the
+fabric's own partitions are what separates tenants there. The kubelet's probes come from the node, which policies do not
+stop.
 */}}
 {{- define "millrace.calls" -}}
 - {from: clients, to: router, ports: [http, grpc]}
@@ -21,11 +21,8 @@ not stop.
 - {from: router, to: prefill, ports: [grpc]}
 - {from: router, to: decode, ports: [grpc]}
 - {from: prefill, to: decode, ports: [grpc, data]}
-- {from: decode, to: prefill, ports: [data]}
 - {from: prefill, to: expert, ports: [grpc, data]}
-- {from: expert, to: prefill, ports: [data]}
 - {from: decode, to: expert, ports: [grpc, data]}
-- {from: expert, to: decode, ports: [data]}
 {{- end -}}
 
 {{/* Roles that run: without a pool no rule names it. */}}

@@ -3,7 +3,8 @@ SPDX-License-Identifier: Apache-2.0
 What the schema cannot see: values that are each allowed and cannot work together. Every problem is named at once, with
 what to write instead. The binary checks the document again when it starts.
 
-Each define appends sentences to the list in .problems, so that one file reads as a list of rules.
+Each define appends sentences to the list in .problems, so that one file reads as a list of rules. Every template asks
+for millrace.validate first, because Helm renders them in an order of its own and a later one would fail on its own terms.
 */}}
 
 {{- define "millrace.validate" -}}
@@ -18,6 +19,7 @@ Each define appends sentences to the list in .problems, so that one file reads a
 {{- include "millrace.checkMemory" $check -}}
 {{- include "millrace.checkEnvironment" $check -}}
 {{- include "millrace.checkExtras" $check -}}
+{{- if not $check.problems -}}{{- include "millrace.checkSize" $check -}}{{- end -}}
 {{- if $check.problems -}}
 {{- fail (printf "\n\n%d problem(s) in the values of millrace:\n  - %s\n" (len $check.problems) (join "\n  - " $check.problems)) -}}
 {{- end -}}
@@ -301,5 +303,13 @@ Each define appends sentences to the list in .problems, so that one file reads a
 {{- end -}}
 {{- if and $values.networkPolicy.enabled (not $values.networkPolicy.operators) -}}
 {{- include "millrace.problem" (dict "check" . "text" "networkPolicy.operators: found none: an empty list would open the operator ports to everybody; name who scrapes") -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Last, since the document of wrong values may not even render. */}}
+{{- define "millrace.checkSize" -}}
+{{- $bytes := include "millrace.document" .root | len -}}
+{{- if gt $bytes 1048576 -}}
+{{- include "millrace.problem" (dict "check" . "text" (printf "cluster.json: found %d bytes, allowed 1048576: fewer workers in one release" $bytes)) -}}
 {{- end -}}
 {{- end -}}
