@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sets up, builds and tests Millrace: what a developer runs before a commit and what CI runs after it.
 #
-#   tests/run.sh             packages, preset release, every test but those labelled `slow`; ends with ctest's summary
+#   tests/run.sh             packages, preset release, every test but `slow` and `kubernetes`; ends with ctest's summary
 #   tests/run.sh --slow      also the tests labelled `slow`
+#   tests/run.sh --kubernetes  also the chart in a real control plane, which is built first (5 minutes on two cores)
 #   tests/run.sh --asan      the unit tests under AddressSanitizer and UBSan (preset asan)
 #   tests/run.sh --tsan      the unit tests under ThreadSanitizer (preset tsan)
 #   tests/run.sh --lint      clang-format and shellcheck over the tree, clang-tidy over what differs from HEAD~1
@@ -16,10 +17,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 JOBS="${JOBS:-$(nproc)}"
 
 main() {
-  local preset=release labels=(-LE slow) filter=() mode=test
+  local preset=release labels=() filter=() mode=test slow=slow kubernetes=kubernetes tools=chart
   while (($#)); do
     case "$1" in
-      --slow) labels=() ;;
+      --slow) slow="" ;;
+      --kubernetes) kubernetes=""; tools=kubernetes ;;
       --asan) preset=asan; labels=(-L unit) ;;
       --tsan) preset=tsan; labels=(-L unit) ;;
       --lint) mode=lint ;;
@@ -37,11 +39,19 @@ main() {
   # Other people's clients: without them the rest is worth running, and their suites say that they were skipped.
   [[ $preset != release ]] || deploy/setup.sh --clients || true
   build "$preset"
+  if [[ $preset == release ]]; then
+    chart_tools "$tools"
+    chart_tools prometheus
+    local excluded="$slow|$kubernetes"
+    excluded="${excluded#|}"
+    excluded="${excluded%|}"
+    if [[ -n $excluded ]]; then labels=(-LE "$excluded"); fi
+  fi
   run_tests "$preset" "${labels[@]}" "${filter[@]}"
 }
 
 usage() {
-  sed -n '5,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '5,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 }
 
@@ -56,6 +66,11 @@ build() {
     cmake --build --preset "$1" -j "$JOBS" > "$log" 2>&1 || { tail -n 60 "$log"; exit 2; }
     rm -f "$log"
   fi
+}
+
+# Helm and its like are built from Go modules, where there is Go; what needs them is skipped elsewhere, in so many words.
+chart_tools() {
+  tests/helm/tools.sh "$1" || echo "run: tests of the chart that need more are SKIPPED: the line above says why" >&2
 }
 
 # Tests that start whole clusters or measure time carry RUN_SERIAL; the rest share the cores.

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules and dashboards against what the processes really say.
+
+A demo cluster of real processes is loaded and hurt, a real Prometheus scrapes it every second and evaluates our rules,
+and every expression of every panel and alert is asked of it. A metric that does not exist, a label that is spelt
+otherwise, or a panel that shows nothing fails here.
+"""
+import concurrent.futures
+import glob
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import urllib.parse
+import urllib.request
+
+import yaml
+
+from chart import CHART, ROOT, TOOLS, main
+
+sys.path.insert(0, os.path.join(ROOT, "tests/cluster"))
+from cluster import PATIENCE, Cluster, free_port, wait_until  # noqa: E402  (a folder beside this one)
+
+PROMETHEUS = os.path.join(TOOLS, "bin/prometheus")
+PROMTOOL = os.path.join(TOOLS, "bin/promtool")
+RULES = [os.path.join(CHART, "files/rules", name) for name in ("recording.yml", "alerts.yml")]
+RUNBOOK = os.path.join(ROOT, "docs/operations.md")
+CASES = os.path.join(ROOT, "tests/helm/rules_test.yml")
+
+
+def rules(kind):
+    for path in RULES:
+        with open(path) as source:
+            for group in yaml.safe_load(source)["groups"]:
+                for rule in group["rules"]:
+                    if kind in rule:
+                        yield rule
+
+
+def dashboards():
+    for path in sorted(glob.glob(os.path.join(CHART, "files/dashboards/*.json"))):
+        with open(path) as source:
+            yield os.path.basename(path), json.load(source)
+
+
+def panels():
+    """(dashboard, panel) of every panel that asks something."""
+    for name, dashboard in dashboards():
+        for panel in dashboard["panels"]:
+            if panel["type"] != "row":
+                yield name, panel
+
+
+def metric_names(expression):
+    return set(re.findall(r"\bmillrace_[a-z0-9_]+", expression))
+
+
+def family(name):
+    return re.sub(r"_(bucket|sum|count)$", "", name)
+
+
+class Files(unittest.TestCase):
+    """Without a cluster: syntax, generated files, addresses."""
+
+    def test_dashboards_are_what_their_source_writes(self):
+        done = subprocess.run([sys.executable, "-B", os.path.join(ROOT, "deploy/grafana/dashboards.py"), "--check"],
+                              capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_dashboards_are_whole(self):
+        uids = set()
+        for name, dashboard in dashboards():
+            with self.subTest(name):
+                uids.add(dashboard["uid"])
+                cells = set()
+                for panel in dashboard["panels"]:
+                    place = panel["gridPos"]
+                    own = {(x, y) for x in range(place["x"], place["x"] + place["w"])
+                           for y in range(place["y"], place["y"] + place["h"])}
+                    self.assertFalse(own & cells, panel["title"])
+                    self.assertLessEqual(place["x"] + place["w"], 24)
+                    cells |= own
+                    if panel["type"] != "row":
+                        self.assertTrue(panel["description"] and panel["targets"], panel["title"])
+                        self.assertIn("unit", panel["fieldConfig"]["defaults"])
+        self.assertEqual(len(uids), 5)
+
+    def test_rules_are_sound(self):
+        done = subprocess.run([PROMTOOL, "check", "rules", *RULES], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_the_configuration_for_a_cluster_outside_kubernetes_is_sound(self):
+        path = os.path.join(ROOT, "deploy/prometheus/prometheus.yml")
+        done = subprocess.run([PROMTOOL, "check", "config", path], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("alerts.yml", done.stdout)
+
+    def test_alerts_fire_and_stay_silent_as_they_should(self):
+        done = subprocess.run([PROMTOOL, "test", "rules", CASES], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_each_alert_has_a_case_in_which_it_fires(self):
+        # A case states what fires exactly, so an alert that never fires breaks the one that expects it.
+        with open(CASES) as source:
+            cases = yaml.safe_load(source)["tests"]
+        expected = set()
+        for case in cases:
+            for check in case.get("alert_rule_test", []):
+                if check["exp_alerts"]:
+                    expected.add(check["alertname"])
+            for check in case.get("promql_expr_test", []):
+                if any(sample["value"] for sample in check["exp_samples"]):
+                    expected.update(re.findall(r'alertname="(\w+)"', check["expr"] + str(check["exp_samples"])))
+        for rule in rules("alert"):
+            with self.subTest(rule["alert"]):
+                self.assertIn(rule["alert"], expected)
+
+    def test_each_alert_leads_to_its_paragraph(self):
+        with open(RUNBOOK) as source:
+            anchors = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
+                       for line in source if line.startswith("#")}
+        for rule in rules("alert"):
+            with self.subTest(rule["alert"]):
+                page, anchor = rule["annotations"]["runbook_url"].split("#")
+                self.assertEqual(page, "docs/operations.md")
+                self.assertIn(anchor, anchors)
+
+
+class Scrape(unittest.TestCase):
+    """A loaded, hurt cluster; a Prometheus beside it."""
+
+    @classmethod
+    def setUpClass(cls):
+        # Little room, so that a modest load is refused and queues: what panels of refusals show must exist.
+        cls.cluster = Cluster(
+            decode=2, experts=2, prefill_section={"max_sequences": 1, "max_queue": 1},
+            decode_section={"max_sequences": 6})
+        with open(cls.cluster.config_path) as source:
+            document = json.load(source)
+        cls.targets = {"router": cls.cluster.operator_port}
+        for role in ("prefill", "decode", "expert"):
+            for entry in document[role]:
+                port = free_port()
+                entry["worker"]["operator_listen"] = f"127.0.0.1:{port}"
+                cls.targets[entry["worker"]["name"]] = port
+        document["router"].update(max_requests=8, queue_timeout_ms=500)
+        document["expert"][1]["max_queue"] = 3
+        with open(cls.cluster.config_path, "w") as out:
+            json.dump(document, out)
+        cls.addClassCleanup(cls.cluster.stop)
+        for name in cls.cluster.roles:
+            # One of the decode workers refuses every commit, which is what the panels of failures are for.
+            cls.cluster.start(name, {"MILLRACE_FAILPOINTS": "d.before_commit=error(INTERNAL);"
+                                     "d.reserve=error(RESOURCE_EXHAUSTED)@3"} if name == "decode-1" else None)
+        cls.cluster.wait_ready()
+        cls.start_prometheus()
+        # What a crowd meets depends on the machine: rounds until everything has been seen once, and what is missing then
+        # is what the tests report.
+        cls.codes = {}
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and (cls.empty_panels() or cls.codes.get(200, 0) < 10):
+            cls.calm(seconds=3)
+            cls.crowd(seconds=5)
+            time.sleep(2)  # two scrapes more: what a counter did last must be in a rate
+
+    @classmethod
+    def start_prometheus(cls):
+        cls.port = free_port()
+        folder = tempfile.mkdtemp(prefix="millrace-prometheus-")
+        config = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"}, "rule_files": RULES,
+            "scrape_configs": [{"job_name": "millrace", "static_configs": [
+                {"targets": [f"127.0.0.1:{port}" for port in cls.targets.values()],
+                 "labels": {"namespace": "demo"}}]}]}
+        # Rules are evaluated by their own interval in production, every second here.
+        config["rule_files"] = []
+        for path in RULES:
+            with open(path) as source:
+                content = yaml.safe_load(source)
+            for group in content["groups"]:
+                group.pop("interval", None)
+            fast = os.path.join(folder, os.path.basename(path))
+            with open(fast, "w") as out:
+                yaml.safe_dump(content, out)
+            config["rule_files"].append(fast)
+        with open(os.path.join(folder, "prometheus.yml"), "w") as out:
+            yaml.safe_dump(config, out)
+        log = open(os.path.join(folder, "log"), "wb")
+        process = subprocess.Popen(
+            [PROMETHEUS, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
+             f"--web.listen-address=127.0.0.1:{cls.port}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        log.close()
+        cls.addClassCleanup(process.wait)
+        cls.addClassCleanup(process.terminate)
+        wait_until(lambda: len(cls.query('up{job="millrace"} == 1')) == len(cls.targets), "every target scraped", 60)
+
+    @classmethod
+    def query(cls, expression):
+        address = f"http://127.0.0.1:{cls.port}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+        try:
+            with urllib.request.urlopen(address, timeout=20) as reply:
+                return json.load(reply)["data"]["result"]
+        except OSError:
+            return []
+
+    @classmethod
+    def ask(cls, index, end):
+        body = {"model": "demo", "max_tokens": 24, "temperature": 0, "ignore_eos": True,
+                # A request of several choices passes the front and meets the limit of choices behind it.
+                "n": 1 if index % 4 else 6,
+                "messages": [{"role": "user", "content": f"Compute {index} + 29."}]}
+        while time.monotonic() < end:
+            try:
+                code = cls.cluster.post("/v1/chat/completions", body)[0]
+            except OSError:
+                code = "refused at accept"
+            cls.codes[code] = cls.codes.get(code, 0) + 1
+            if code != 200:
+                time.sleep(0.05)
+
+    @classmethod
+    def calm(cls, seconds):
+        cls.ask(1, time.monotonic() + seconds)
+
+    @classmethod
+    def crowd(cls, seconds):
+        """More requests and connections than there is room for, and a member of the pool that stops now and then."""
+        end = time.monotonic() + seconds
+        with concurrent.futures.ThreadPoolExecutor(16) as threads:
+            for index in range(16):
+                threads.submit(cls.ask, index, end)
+            while time.monotonic() < end - 1:
+                # 64 connections from one address are allowed.
+                idle = [socket.create_connection(("127.0.0.1", cls.cluster.http_port)) for _ in range(80)]
+                time.sleep(0.5)
+                for connection in idle:
+                    connection.close()
+                # Who stands still for a moment finds more messages waiting than it queues.
+                cls.cluster.kill("expert-1", signal.SIGSTOP)
+                time.sleep(0.5)
+                cls.cluster.kill("expert-1", signal.SIGCONT)
+
+    @classmethod
+    def empty_panels(cls):
+        empty = []
+        for name, panel in panels():
+            for target in panel["targets"]:
+                expression = target["expr"].replace("$__rate_interval", "15s").replace('"$namespace"', '".*"')
+                values = [float(sample["value"][1]) for sample in cls.query(expression)]
+                if not [value for value in values if value == value and abs(value) != float("inf")]:
+                    empty.append(f"{name}: {panel['title']}: {expression}")
+        return empty
+
+    def scrape(self):
+        return {name: self.cluster.get("/metrics", port)[1] for name, port in self.targets.items()}
+
+    def test_the_load_did_what_it_should(self):
+        self.assertGreaterEqual(self.codes.get(200, 0), 10, self.codes)
+        self.assertGreater(self.codes.get(429, 0), 0, self.codes)
+        self.assertGreater(self.codes.get(503, 0), 0, self.codes)
+
+    def test_every_metric_named_exists(self):
+        exposed = {line.split()[2] for text in self.scrape().values() for line in text.splitlines()
+                   if line.startswith("# TYPE ")}
+        recorded = {rule["record"] for rule in rules("record")}
+        named = {}
+        for rule in [*rules("record"), *rules("alert")]:
+            named.setdefault(rule.get("alert") or rule["record"], set()).update(metric_names(rule["expr"]))
+        for name, panel in panels():
+            for target in panel["targets"]:
+                named.setdefault(f"{name}: {panel['title']}", set()).update(metric_names(target["expr"]))
+        for where, metrics in named.items():
+            for metric in metrics:
+                if any(metric in record for record in recorded):
+                    continue
+                with self.subTest(f"{where}: {metric}"):
+                    self.assertIn(family(metric), exposed)
+
+    def test_every_panel_shows_something_finite(self):
+        self.assertEqual("\n".join(self.empty_panels()), "")
+
+    def test_every_alert_can_be_evaluated(self):
+        address = f"http://127.0.0.1:{self.port}/api/v1/rules"
+        with urllib.request.urlopen(address, timeout=20) as reply:
+            groups = json.load(reply)["data"]["groups"]
+        found = {rule["name"]: rule for group in groups for rule in group["rules"]}
+        for rule in [*rules("record"), *rules("alert")]:
+            name = rule.get("alert") or rule["record"]
+            with self.subTest(name):
+                self.assertEqual(found[name]["health"], "ok", found[name].get("lastError"))
+
+    def test_selectors_of_alerts_match_series_that_exist(self):
+        # An alert's comparison hides a misspelt label: its operands without the comparison must find series.
+        for rule in rules("alert"):
+            for selector in re.findall(r"(millrace_[a-z0-9_]+)(\{[^}]*\})", rule["expr"]):
+                if ":" in rule["expr"].split(selector[0])[0][-12:]:
+                    continue
+                with self.subTest(f"{rule['alert']}: {''.join(selector)}"):
+                    self.assertTrue(self.query("".join(selector)))
+
+    def test_a_process_stays_below_its_share_of_series(self):
+        for name, text in self.scrape().items():
+            series = [line for line in text.splitlines() if line and not line.startswith("#")]
+            with self.subTest(name):
+                self.assertLess(len(series), 3000)
+
+
+if __name__ == "__main__":
+    main("" if os.path.exists(PROMTOOL) else "prometheus")

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rendered chart run for real: its command lines, ConfigMap, users, probes and policies, with the built binary.
+
+No cluster: pods.py is the kubelet. What is proved is that what the chart says works with what the binary does.
+"""
+import json
+import os
+import subprocess
+import time
+import unittest
+
+import pods
+from chart import ROLES, Rendered, main, values_files
+
+# Machines that run tests are slow and shared: bounds are for hangs, not for speed.
+PATIENCE = float(os.environ.get("MILLRACE_TEST_PATIENCE", "120"))
+
+
+class Serving(unittest.TestCase):
+    """The demo values, as `helm install` would start them."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.rendered = Rendered(files=[values_files()["cpu-demo"]])
+        cls.node = pods.Node(cls.rendered)
+        cls.addClassCleanup(cls.node.close)
+        cls.stranger = cls.node.add_outsider("stranger", "default")
+        cls.prometheus = cls.node.add_outsider("prometheus", "monitoring")
+        cls.node.apply_policies()
+        # The order a cluster starts pods in is nobody's promise: the last ones first.
+        cls.serving = [pod for role in reversed(ROLES) for pod in cls.node.of_role(role)]
+        for pod in cls.serving:
+            cls.node.start(pod)
+        try:
+            for pod in cls.serving:
+                pod.wait("startupProbe", PATIENCE)
+            for pod in cls.serving:
+                pod.wait("readinessProbe", PATIENCE)
+        except AssertionError:
+            for pod in cls.serving:
+                print(pod.tail())
+            raise
+
+    def run_test_pod(self):
+        """`helm test`: the pod of the test hook, to its end. Its exit status and what it printed."""
+        pod = self.node.of_role("tests")[0]
+        if pod.log and os.path.exists(pod.log):
+            os.remove(pod.log)
+        self.node.start(pod)
+        status = pod.process.wait(PATIENCE)
+        with open(pod.log) as log:
+            return status, log.read()
+
+    def test_helm_test_gets_a_completion(self):
+        status, text = self.run_test_pod()
+        self.assertEqual(status, 0, text)
+        self.assertRegex(text, "[A-Za-z]{3}")
+
+    def test_processes_run_as_the_pod_says(self):
+        for pod in self.serving:
+            with self.subTest(pod.name):
+                with open(f"/proc/{pod.process.pid}/status") as source:
+                    status = dict(line.rstrip("\n").split(":\t", 1) for line in source if ":\t" in line)
+                self.assertEqual(status["Uid"].split(), ["65532"] * 4)
+                self.assertEqual(int(status["CapBnd"], 16), 0)
+                self.assertEqual(status["NoNewPrivs"], "1")
+                with open(f"/proc/{pod.process.pid}/cmdline") as source:
+                    arguments = source.read().rstrip("\0").split("\0")
+                self.assertEqual(arguments[1:], pod.container["args"][:-1] + [pod.name])
+
+    def test_liveness_holds(self):
+        for pod in self.serving:
+            self.assertTrue(pod.probe("livenessProbe"), pod.name)
+
+    def test_policies_hold_both_ways(self):
+        router = self.node.of_role("router")[0]
+        decode = self.node.of_role("decode")[0]
+        # A stranger may ask the public port, which is open by default, and reaches nothing else.
+        for pod in self.serving:
+            for name, port in ((port["name"], port["containerPort"]) for port in pod.container["ports"]):
+                with self.subTest(f"stranger to {pod.name} {name}"):
+                    self.assertEqual(self.node.can_connect(self.stranger, pod, port),
+                                     pod is router and name in ("http", "grpc"))
+                with self.subTest(f"prometheus to {pod.name} {name}"):
+                    self.assertEqual(self.node.can_connect(self.prometheus, pod, port),
+                                     name == "operator" or (pod is router and name in ("http", "grpc")))
+        # Inside the release the policies bind as well: a worker has no business with a public port.
+        self.assertTrue(self.node.can_connect(decode.namespace, router, router.port("control")))
+        self.assertFalse(self.node.can_connect(decode.namespace, router, router.port("http")))
+        self.assertFalse(self.node.can_connect(router.namespace, self.node.of_role("expert")[0], 9090))
+
+    def test_blocks_travel_through_the_range_that_policies_name(self):
+        first, last = 32768, 60999
+        for pod in self.node.of_role("decode") + self.node.of_role("expert"):
+            listening = pods.shell("ip", "netns", "exec", pod.namespace, "ss", "-Hltn").stdout.decode().split("\n")
+            ports = {int(line.split()[3].rsplit(":", 1)[1]) for line in listening if line}
+            others = ports - {port["containerPort"] for port in pod.container["ports"]}
+            self.assertTrue(others, pod.name)
+            for port in others:
+                self.assertTrue(first <= port <= last, f"{pod.name} listens on {port}")
+
+    def test_a_replaced_decode_worker_serves_again(self):
+        pod = self.node.of_role("decode")[0]
+        self.assertTrue(pod.terminate(), pod.tail())
+        router = self.node.of_role("router")[0]
+        end = time.monotonic() + PATIENCE
+        while router.probe("readinessProbe"):
+            self.assertLess(time.monotonic(), end, "the router is ready without a decode worker")
+            time.sleep(0.1)
+        self.node.start(pod)
+        pod.wait("startupProbe", PATIENCE)
+        router.wait("readinessProbe", PATIENCE)
+        status, text = self.run_test_pod()
+        self.assertEqual(status, 0, text)
+
+    def test_zz_a_pod_ends_within_its_grace_and_finishes_what_it_serves(self):
+        router = self.node.of_role("router")[0]
+        body = json.dumps({"model": "millrace-demo", "stream": True, "temperature": 0, "max_tokens": 400,
+                           "ignore_eos": True, "messages": [{"role": "user", "content": "Tell me a story."}]})
+        client = subprocess.Popen(
+            ["ip", "netns", "exec", self.stranger, "curl", "-sN", "-m", "60", "-H", "content-type: application/json",
+             "-d", body, f"http://{router.address}:{router.port('http')}/v1/chat/completions"],
+            stdout=subprocess.PIPE)
+        self.assertTrue(client.stdout.readline())
+        self.assertTrue(router.terminate(), router.tail())
+        text = client.stdout.read().decode()
+        client.wait()
+        client.stdout.close()
+        self.assertIn("data: [DONE]", text)
+        self.assertIn('"finish_reason":"length"', text)
+        for pod in self.serving:
+            if pod is not router:
+                self.assertTrue(pod.terminate(), pod.tail())
+
+
+if __name__ == "__main__":
+    main(pods.missing())

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// kube-apiserver as released; tools.sh stamps the version.
+package main
+
+import (
+	"os"
+
+	"k8s.io/component-base/cli"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app"
+)
+
+func main() { os.Exit(cli.Run(app.NewAPIServerCommand())) }
