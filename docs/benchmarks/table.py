@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the tables of README.md and docs/benchmarks.md from the CPU recordings beside this file.
+
+A table stands between `<!-- cpu benchmarks: FILE.csv ... -->` and `<!-- /cpu benchmarks -->`; rows are chosen and put in
+words here, figures come from the recordings alone. --check fails if a document is not what this script would write.
+"""
+import csv
+import os
+import re
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+DOCUMENTS = ["README.md", "docs/benchmarks.md"]
+MARKERS = re.compile(r"(<!-- cpu benchmarks: ([^>]*?) -->\n).*?(<!-- /cpu benchmarks -->)", re.S)
+
+# What a row is called, and the goal for a core with AVX-512.
+ROWS = [
+    ("Decode/batch:1/context:512", "decode, one sequence, 512 tokens before it", "1,000"),
+    ("Decode/batch:1/context:14000", "decode, one sequence, 14,000 tokens before it", ""),
+    ("Decode/batch:32/context:512", "decode, 32 sequences", "4,000"),
+    ("Prefill/tokens:512", "prefill of 512 tokens", "5,000"),
+    ("Prefill/tokens:14000", "prefill of 14,000 tokens", ""),
+    ("cluster, 1 client, decode", "cluster with two expert workers, one client, decode", "400"),
+    ("cluster, 1 client, TTFT p50", "the same, time to first token, 128-token prompt", ""),
+    ("cluster, 32 clients, output", "cluster, 32 clients at once, output", ""),
+    ("cluster, note of 14,000 tokens, answered in", "cluster, a note of 14,000 tokens answered", "5"),
+    ("cluster of 5 processes ready", "cluster of five processes ready", "3"),
+]
+
+
+def read(name):
+    with open(os.path.join(HERE, name), newline="") as source:
+        return {row["what"]: row for row in csv.DictReader(source)}
+
+
+def number(text):
+    value = float(text)
+    return f"{value:,.0f}" if value >= 100 else text
+
+
+def cell(row):
+    if row is None:
+        return ""
+    share = f", {float(row['floor_share']):.0%} of floor" if row["floor_share"] else ""
+    return f"{number(row['value'])} {row['unit']} ({number(row['low'])} – {number(row['high'])}{share})"
+
+
+def table(files):
+    recordings = [read(name) for name in files]
+    firsts = [next(iter(recording.values())) for recording in recordings]
+    lines = ["| | " + " | ".join(f"{f['machine']}, `{f['kernel_set']}`" for f in firsts) + " | goal |",
+             "|---|" + "---|" * (len(files) + 1)]
+    for what, words, goal in ROWS:
+        cells = [cell(recording.get(what)) for recording in recordings]
+        if any(cells):
+            lines.append(f"| {words} | " + " | ".join(cells) + f" | {goal} |")
+    for first, name in zip(firsts, files):
+        lines.append(f"\n`{name}`: recorded {first['date']} at {first['commit']} by `docs/benchmarks/record_cpu.py`.")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    check = sys.argv[1:] == ["--check"]
+    stale = []
+    for document in DOCUMENTS:
+        path = os.path.join(ROOT, document)
+        with open(path) as source:
+            before = source.read()
+        after = MARKERS.sub(lambda m: m[1] + table(m[2].split()) + m[3], before)
+        if after != before:
+            stale.append(document)
+            if not check:
+                with open(path, "w") as out:
+                    out.write(after)
+    if check and stale:
+        sys.exit(f"table: {', '.join(stale)} differ from the recordings; run docs/benchmarks/table.py")
+
+
+if __name__ == "__main__":
+    main()
