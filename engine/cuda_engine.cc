@@ -50,6 +50,7 @@ absl::Status CheckShapes(const ModelConfig& c) {
   };
   RETURN_IF_ERROR(at_most("hidden_size", c.hidden_size, 8192));
   RETURN_IF_ERROR(at_most("moe_intermediate_size", c.moe_intermediate_size, 8192));
+  RETURN_IF_ERROR(at_most("vocab_size", c.vocab_size, 1 << 21));
   RETURN_IF_ERROR(at_most("index_n_heads", c.index_n_heads, 256));
   RETURN_IF_ERROR(at_most("n_routed_experts", c.n_routed_experts, cuda::kMaxExperts));
   RETURN_IF_ERROR(at_most("num_experts_per_tok", c.num_experts_per_tok, cuda::kMaxTopK));
@@ -120,7 +121,7 @@ class CudaEngine : public PagedEngine {
     const int64_t slots = num_slots * layout_.slot_bytes;
     const int64_t workspace = cuda::CudaForward::WorkspaceBytes(config(), limits_);
     const int64_t tables = num_slots * table_pages_ * int64_t{4};
-    const int64_t results = limits_.sequences * static_cast<int64_t>(sizeof(cuda::DrawResult));
+    const int64_t results = DrawWorkspaceOffset() + cuda::DrawWorkspaceBytes(config().vocab_size, limits_.sequences);
     const int64_t total = weight_bytes_ + pages + slots + workspace + tables + upload.bytes + results + kHeadroom;
     const std::string budget =
         absl::StrCat(device.name, ": weights ", Mebibytes(weight_bytes_), ", ", options_.cache_pages, " pages ",
@@ -140,7 +141,7 @@ class CudaEngine : public PagedEngine {
     ASSIGN_OR_RETURN(upload_staging_, cuda::PinnedBuffer::Take(upload.bytes, "pass"));
     ASSIGN_OR_RETURN(logits_staging_, cuda::PinnedBuffer::Take(limits_.logit_rows * config().vocab_size * 4, "logits"));
     ASSIGN_OR_RETURN(results_memory_, cuda::DeviceBuffer::Take(results, "drawn tokens"));
-    ASSIGN_OR_RETURN(results_staging_, cuda::PinnedBuffer::Take(results, "drawn tokens"));
+    ASSIGN_OR_RETURN(results_staging_, cuda::PinnedBuffer::Take(DrawWorkspaceOffset(), "drawn tokens"));
     pages_base_ = pages_memory_.data();
     slots_base_ = slots_memory_.data();
     host_ = UploadBlock::LayOut(upload_staging_.data(), limits_.rows, limits_.sequences);
@@ -302,7 +303,8 @@ class CudaEngine : public PagedEngine {
       if (mtp.num_rows != 0) CHECK(forward_->ForwardMtp(mtp, pass, device_.backbone_sequence).ok());
       forward_->StoreStreams(pass);
       const float* logits = forward_->Logits(device_.logit_rows, pass.num_rows);
-      cuda::DrawTokens(logits, config().vocab_size, device_.draws, pass.num_rows, Results(), stream_->get());
+      cuda::DrawTokens(logits, config().vocab_size, device_.draws, pass.num_rows, DrawWorkspace(), Results(),
+                       stream_->get());
     };
     StepGraph& graph = graphs_[pass.num_rows];
     if (graph.steps++ == 0) return enqueue();
@@ -337,6 +339,13 @@ class CudaEngine : public PagedEngine {
   SampledToken SampleRow(const float* logits, const SamplingRequest& request) const {
     return Sample({logits, static_cast<size_t>(config().vocab_size)}, request);
   }
+  // Results of the draws first, their workspace behind them.
+  int64_t DrawWorkspaceOffset() const {
+    cuda::Bump bump;
+    bump.Take<cuda::DrawResult>(limits_.sequences);
+    return bump.used();
+  }
+  void* DrawWorkspace() const { return results_memory_.data() + DrawWorkspaceOffset(); }
   cuda::DrawResult* Results() const { return reinterpret_cast<cuda::DrawResult*>(results_memory_.data()); }
 
   void TakeLogits(absl::Span<const Chunk> chunks, int64_t num_logits, std::vector<ChunkOutput>& out) {
