@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/cuda_upload.h"
 #include "engine/device/cuda_device.h"
 #include "engine/model/cuda_forward.h"
 #include "engine/ops/cuda_sampler.h"
@@ -24,6 +25,8 @@ namespace millrace {
 namespace {
 
 using cuda::Bf16;
+using cuda::PassBlock;
+using cuda::UploadBlock;
 
 // Raised whenever a change of the CUDA kernels changes bits.
 constexpr int kCudaKernelRevision = 1;
@@ -64,38 +67,6 @@ absl::Status CheckShapes(const ModelConfig& c) {
 std::string Mebibytes(int64_t bytes) {
   return absl::StrFormat("%.1f MiB", static_cast<double>(bytes) / static_cast<double>(1 << 20));
 }
-
-// The rows of a pass as they lie in one block of memory; laid out twice, over the host's copy and the device's.
-struct PassBlock {
-  int32_t *token_ids = nullptr, *positions = nullptr, *row_sequence = nullptr;
-  cuda::SequenceView* sequences = nullptr;
-
-  static PassBlock LayOut(cuda::Bump& bump, int64_t rows, int sequences) {
-    return {bump.Take<int32_t>(rows), bump.Take<int32_t>(rows), bump.Take<int32_t>(rows),
-            bump.Take<cuda::SequenceView>(sequences)};
-  }
-};
-
-struct UploadBlock {
-  PassBlock backbone, mtp;
-  int32_t* backbone_sequence = nullptr;  // of the MTP pass's sequences
-  int32_t* logit_rows = nullptr;
-  cuda::DrawRequest* draws = nullptr;  // of the rows that are sampled, in the order of logit_rows
-  int64_t bytes = 0;
-
-  // At most two wanted rows a row: a logit row that is sampled too is asked for twice.
-  static UploadBlock LayOut(uint8_t* base, int64_t rows, int sequences) {
-    cuda::Bump bump(base);
-    UploadBlock b;
-    b.backbone = PassBlock::LayOut(bump, rows, sequences);
-    b.mtp = PassBlock::LayOut(bump, rows, sequences);
-    b.backbone_sequence = bump.Take<int32_t>(sequences);
-    b.logit_rows = bump.Take<int32_t>(2 * rows);
-    b.draws = bump.Take<cuda::DrawRequest>(sequences);
-    b.bytes = bump.used();
-    return b;
-  }
-};
 
 class CudaEngine : public PagedEngine {
  public:
