@@ -36,7 +36,7 @@ main() {
   cp tests/gpu.sh "$root/tests/"
   if ((data)); then
     mkdir -p "$root/deploy/demo" "$root/tests/data"
-    cp -r deploy/demo/model deploy/demo/cluster.json "$root/deploy/demo/"
+    cp -r deploy/demo/model deploy/demo/cluster*.json "$root/deploy/demo/"
     cp -r tests/data/demo "$root/tests/data/"
   fi
   tar -C "$STAGE" -cf - millrace-gpu | xz -T0 -6 > "$out"

@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/cuda_upload.h"
 #include "engine/device/cuda_device.h"
 #include "engine/model/cuda_forward.h"
 #include "engine/ops/cuda_sampler.h"
@@ -24,6 +25,8 @@ namespace millrace {
 namespace {
 
 using cuda::Bf16;
+using cuda::PassBlock;
+using cuda::UploadBlock;
 
 // Raised whenever a change of the CUDA kernels changes bits.
 constexpr int kCudaKernelRevision = 1;
@@ -50,6 +53,7 @@ absl::Status CheckShapes(const ModelConfig& c) {
   };
   RETURN_IF_ERROR(at_most("hidden_size", c.hidden_size, 8192));
   RETURN_IF_ERROR(at_most("moe_intermediate_size", c.moe_intermediate_size, 8192));
+  RETURN_IF_ERROR(at_most("vocab_size", c.vocab_size, 1 << 21));
   RETURN_IF_ERROR(at_most("index_n_heads", c.index_n_heads, 256));
   RETURN_IF_ERROR(at_most("n_routed_experts", c.n_routed_experts, cuda::kMaxExperts));
   RETURN_IF_ERROR(at_most("num_experts_per_tok", c.num_experts_per_tok, cuda::kMaxTopK));
@@ -63,38 +67,6 @@ absl::Status CheckShapes(const ModelConfig& c) {
 std::string Mebibytes(int64_t bytes) {
   return absl::StrFormat("%.1f MiB", static_cast<double>(bytes) / static_cast<double>(1 << 20));
 }
-
-// The rows of a pass as they lie in one block of memory; laid out twice, over the host's copy and the device's.
-struct PassBlock {
-  int32_t *token_ids = nullptr, *positions = nullptr, *row_sequence = nullptr;
-  cuda::SequenceView* sequences = nullptr;
-
-  static PassBlock LayOut(cuda::Bump& bump, int64_t rows, int sequences) {
-    return {bump.Take<int32_t>(rows), bump.Take<int32_t>(rows), bump.Take<int32_t>(rows),
-            bump.Take<cuda::SequenceView>(sequences)};
-  }
-};
-
-struct UploadBlock {
-  PassBlock backbone, mtp;
-  int32_t* backbone_sequence = nullptr;  // of the MTP pass's sequences
-  int32_t* logit_rows = nullptr;
-  cuda::DrawRequest* draws = nullptr;  // of the rows that are sampled, in the order of logit_rows
-  int64_t bytes = 0;
-
-  // At most two wanted rows a row: a logit row that is sampled too is asked for twice.
-  static UploadBlock LayOut(uint8_t* base, int64_t rows, int sequences) {
-    cuda::Bump bump(base);
-    UploadBlock b;
-    b.backbone = PassBlock::LayOut(bump, rows, sequences);
-    b.mtp = PassBlock::LayOut(bump, rows, sequences);
-    b.backbone_sequence = bump.Take<int32_t>(sequences);
-    b.logit_rows = bump.Take<int32_t>(2 * rows);
-    b.draws = bump.Take<cuda::DrawRequest>(sequences);
-    b.bytes = bump.used();
-    return b;
-  }
-};
 
 class CudaEngine : public PagedEngine {
  public:
@@ -120,7 +92,7 @@ class CudaEngine : public PagedEngine {
     const int64_t slots = num_slots * layout_.slot_bytes;
     const int64_t workspace = cuda::CudaForward::WorkspaceBytes(config(), limits_);
     const int64_t tables = num_slots * table_pages_ * int64_t{4};
-    const int64_t results = limits_.sequences * static_cast<int64_t>(sizeof(cuda::DrawResult));
+    const int64_t results = DrawWorkspaceOffset() + cuda::DrawWorkspaceBytes(config().vocab_size, limits_.sequences);
     const int64_t total = weight_bytes_ + pages + slots + workspace + tables + upload.bytes + results + kHeadroom;
     const std::string budget =
         absl::StrCat(device.name, ": weights ", Mebibytes(weight_bytes_), ", ", options_.cache_pages, " pages ",
@@ -140,7 +112,7 @@ class CudaEngine : public PagedEngine {
     ASSIGN_OR_RETURN(upload_staging_, cuda::PinnedBuffer::Take(upload.bytes, "pass"));
     ASSIGN_OR_RETURN(logits_staging_, cuda::PinnedBuffer::Take(limits_.logit_rows * config().vocab_size * 4, "logits"));
     ASSIGN_OR_RETURN(results_memory_, cuda::DeviceBuffer::Take(results, "drawn tokens"));
-    ASSIGN_OR_RETURN(results_staging_, cuda::PinnedBuffer::Take(results, "drawn tokens"));
+    ASSIGN_OR_RETURN(results_staging_, cuda::PinnedBuffer::Take(DrawWorkspaceOffset(), "drawn tokens"));
     pages_base_ = pages_memory_.data();
     slots_base_ = slots_memory_.data();
     host_ = UploadBlock::LayOut(upload_staging_.data(), limits_.rows, limits_.sequences);
@@ -302,7 +274,8 @@ class CudaEngine : public PagedEngine {
       if (mtp.num_rows != 0) CHECK(forward_->ForwardMtp(mtp, pass, device_.backbone_sequence).ok());
       forward_->StoreStreams(pass);
       const float* logits = forward_->Logits(device_.logit_rows, pass.num_rows);
-      cuda::DrawTokens(logits, config().vocab_size, device_.draws, pass.num_rows, Results(), stream_->get());
+      cuda::DrawTokens(logits, config().vocab_size, device_.draws, pass.num_rows, DrawWorkspace(), Results(),
+                       stream_->get());
     };
     StepGraph& graph = graphs_[pass.num_rows];
     if (graph.steps++ == 0) return enqueue();
@@ -337,6 +310,13 @@ class CudaEngine : public PagedEngine {
   SampledToken SampleRow(const float* logits, const SamplingRequest& request) const {
     return Sample({logits, static_cast<size_t>(config().vocab_size)}, request);
   }
+  // Results of the draws first, their workspace behind them.
+  int64_t DrawWorkspaceOffset() const {
+    cuda::Bump bump;
+    bump.Take<cuda::DrawResult>(limits_.sequences);
+    return bump.used();
+  }
+  void* DrawWorkspace() const { return results_memory_.data() + DrawWorkspaceOffset(); }
   cuda::DrawResult* Results() const { return reinterpret_cast<cuda::DrawResult*>(results_memory_.data()); }
 
   void TakeLogits(absl::Span<const Chunk> chunks, int64_t num_logits, std::vector<ChunkOutput>& out) {

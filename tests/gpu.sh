@@ -37,6 +37,11 @@ main() {
   for suite in "${SUITES[@]}"; do
     run_suite "$bin/$suite" "$filter" "$tool" "$csv" || status=1
   done
+  if [[ -n $tool ]]; then
+    sanitize_engine "$bin/millrace" "$tool" "$csv"
+  elif ((GTEST_SHARD_INDEX == 0)) && [[ $filter == 'Cuda*' ]]; then
+    cluster_answers "$bin/millrace" "$csv"
+  fi
   summary "$csv" "$status"
 }
 
@@ -62,6 +67,41 @@ run_suite() {
   fi
   rm -f "$log"
   return "$status"
+}
+
+# The product itself: prefill and decode workers, each with the card, hand over cache through the transport. Their answer
+# must be that of one process.
+cluster_answers() {
+  local millrace="$1" csv="$2" number=0 prompt alone cluster result up log waited=0
+  if [[ -d lib/ucx ]]; then export UCX_MODULE_DIR="$PWD/lib/ucx"; fi
+  log="$(mktemp)"
+  timeout 120 "$millrace" up --config deploy/demo/cluster-cuda.json > "$log" 2>&1 &
+  up=$!
+  until grep -q '^Ready' "$log" || ((++waited > 300)); do sleep 0.1; done
+  for prompt in "Compute 34 + 29." "Spell the word river." "Introduce yourself."; do
+    number=$((number + 1))
+    alone="$(timeout 60 "$millrace" run deploy/demo/model --device cuda --greedy --quiet --prompt "$prompt" || true)"
+    cluster="$(timeout 60 "$millrace" chat --temperature 0 --message "$prompt" || true)"
+    result=FAILED
+    if [[ -n $alone && $cluster == *"$alone"* ]]; then result=OK; fi
+    echo "cluster: $prompt -> $cluster: $result"
+    [[ $result == OK ]] || echo "alone: $alone"
+    echo "cluster,AnswersAsOneProcess/$number,$result,0" >> "$csv"
+  done
+  kill -INT "$up"
+  wait "$up" || true
+  grep -q '^Stopped' "$log" || cat "$log"
+  rm -f "$log"
+}
+
+# A short answer under the sanitizer: every launch of prefill, of a step and of a replayed step.
+sanitize_engine() {
+  local millrace="$1" tool="$2" csv="$3" result=FAILED
+  if timeout "$SUITE_SECONDS" "$(sanitizer)" --tool "$tool" --error-exitcode 99 --print-limit 20 \
+    "$millrace" run deploy/demo/model --device cuda --quiet --greedy --max-tokens 5 --prompt "Hello."; then
+    result=OK
+  fi
+  echo "millrace,RunUnder/$tool,$result,0" >> "$csv"
 }
 
 sanitizer() {

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sets up, builds and tests Millrace: what a developer runs before a commit and what CI runs after it.
 #
-#   tests/run.sh             packages, preset release, every test but `slow` and `kubernetes`; ends with ctest's summary
+#   tests/run.sh             packages, preset release, every test but `slow`, `kubernetes` and `gpu` (tests/gpu.sh); ends
+#                            with ctest's summary
 #   tests/run.sh --slow      also the tests labelled `slow`
 #   tests/run.sh --kubernetes  also the chart in a real control plane, which is built first (5 minutes on two cores)
 #   tests/run.sh --asan      the unit tests under AddressSanitizer and UBSan (preset asan)
@@ -42,16 +43,14 @@ main() {
   if [[ $preset == release ]]; then
     chart_tools "$tools"
     chart_tools prometheus
-    local excluded="$slow|$kubernetes"
-    excluded="${excluded#|}"
-    excluded="${excluded%|}"
-    if [[ -n $excluded ]]; then labels=(-LE "$excluded"); fi
+    # What needs a card is tests/gpu.sh's.
+    labels=(-LE "gpu${slow:+|$slow}${kubernetes:+|$kubernetes}")
   fi
   run_tests "$preset" "${labels[@]}" "${filter[@]}"
 }
 
 usage() {
-  sed -n '5,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '5,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 }
 

@@ -35,8 +35,11 @@ bool DrawsOnDevice(const SamplingRequest& request);
 DrawRequest MakeDrawRequest(const SamplingRequest& request, int32_t row);
 SampledToken FinishDraw(const DrawResult& result);
 
-// logits F32 [rows there are, vocab]; requests and results [count] in device memory. One block a request.
-void DrawTokens(const float* logits, int64_t vocab, const DrawRequest* requests, int64_t count, DrawResult* results,
-                cudaStream_t stream);
+int64_t DrawWorkspaceBytes(int64_t vocab, int64_t count);
+
+// logits F32 [rows there are, vocab]; requests and results [count] in device memory; `workspace` on 256 bytes. vocab up
+// to 2^21.
+void DrawTokens(const float* logits, int64_t vocab, const DrawRequest* requests, int64_t count, void* workspace,
+                DrawResult* results, cudaStream_t stream);
 
 }  // namespace millrace::cuda

@@ -9,7 +9,8 @@
 namespace millrace::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;     // fold back
+constexpr int kMixThreads = 512;  // mix: a row is one block
 
 __device__ inline float Sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -44,21 +45,26 @@ __device__ inline float Sinkhorn(float c, int lane, int iterations, float eps) {
 // One row a block: scale of the flattened streams, coefficients by the first warp, mix, norm. `kHead` has neither post
 // nor comb.
 template <bool kHead>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMixThreads)
     MixKernel(const Bf16* streams, const float* mixes, const float* base, const float* scale, const float* norm,
               HyperParams params, int64_t dim, Bf16* u, float* post, float* comb) {
-  __shared__ float scratch[2][kThreads / 32];
+  __shared__ float scratch[2][kMixThreads / 32];
   __shared__ float pre[kStreams];
   extern __shared__ float mixed[];  // [dim]
   const int64_t row = blockIdx.x;
   const Bf16* x = streams + row * kStreams * dim;
   float squares = 0;
-  for (int64_t i = threadIdx.x * 2; i < kStreams * dim; i += kThreads * 2) {
-    const uint32_t pair = *reinterpret_cast<const uint32_t*>(x + i);
-    squares = fmaf(LowBf16(pair), LowBf16(pair), squares);
-    squares = fmaf(HighBf16(pair), HighBf16(pair), squares);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x * 8; i < kStreams * dim; i += kMixThreads * 8) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(x + i);
+    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      squares = fmaf(LowBf16(pairs[n]), LowBf16(pairs[n]), squares);
+      squares = fmaf(HighBf16(pairs[n]), HighBf16(pairs[n]), squares);
+    }
   }
-  const float mean = BlockSum<kThreads>(squares, scratch[0]) / static_cast<float>(kStreams * dim);
+  const float mean = BlockSum<kMixThreads>(squares, scratch[0]) / static_cast<float>(kStreams * dim);
   const float r = 1.0f / sqrtf(mean + params.norm_eps);
 
   if (threadIdx.x < 16) {
@@ -79,42 +85,53 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   float mixed_squares = 0;
-  for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
-    float y = __fmul_rn(ToFloat(x[i]), pre[0]);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x * 2; i < dim; i += kMixThreads * 2) {
+    uint32_t pair[kStreams];
 #pragma unroll
-    for (int j = 1; j < kStreams; ++j) y = fmaf(ToFloat(x[j * dim + i]), pre[j], y);
-    y = RoundToBf16(y);
-    mixed[i] = y;
-    mixed_squares = fmaf(y, y, mixed_squares);
+    for (int j = 0; j < kStreams; ++j) pair[j] = *reinterpret_cast<const uint32_t*>(x + j * dim + i);
+    float low = __fmul_rn(LowBf16(pair[0]), pre[0]), high = __fmul_rn(HighBf16(pair[0]), pre[0]);
+#pragma unroll
+    for (int j = 1; j < kStreams; ++j) {
+      low = fmaf(LowBf16(pair[j]), pre[j], low);
+      high = fmaf(HighBf16(pair[j]), pre[j], high);
+    }
+    low = RoundToBf16(low);
+    high = RoundToBf16(high);
+    mixed[i] = low;
+    mixed[i + 1] = high;
+    mixed_squares = fmaf(high, high, fmaf(low, low, mixed_squares));
   }
-  const float mixed_mean = BlockSum<kThreads>(mixed_squares, scratch[1]) / static_cast<float>(dim);
+  const float mixed_mean = BlockSum<kMixThreads>(mixed_squares, scratch[1]) / static_cast<float>(dim);
   const float norm_scale = 1.0f / sqrtf(mixed_mean + params.norm_eps);
-  for (int64_t i = threadIdx.x; i < dim; i += kThreads) u[row * dim + i] = ToBf16(mixed[i] * norm_scale * norm[i]);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x * 2; i < dim; i += kMixThreads * 2) {
+    *reinterpret_cast<__nv_bfloat162*>(u + row * dim + i) = {ToBf16(mixed[i] * norm_scale * norm[i]),
+                                                             ToBf16(mixed[i + 1] * norm_scale * norm[i + 1])};
+  }
 }
 
+// Two dims a thread: one row fills dim / 512 blocks.
 __global__ void __launch_bounds__(kThreads)
     PostKernel(const Bf16* out, const float* post, const float* comb, int64_t dim, Bf16* streams) {
-  const int64_t row = blockIdx.x;
-  float p[kStreams], c[kStreams][kStreams];
+  const int64_t row = blockIdx.y, i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 2;
+  if (i >= dim) return;
+  Bf16* x = streams + row * kStreams * dim + i;
+  uint32_t old[kStreams];
 #pragma unroll
-  for (int j = 0; j < kStreams; ++j) {
-    p[j] = post[row * kStreams + j];
+  for (int j = 0; j < kStreams; ++j) old[j] = *reinterpret_cast<const uint32_t*>(x + j * dim);
+  const uint32_t o = *reinterpret_cast<const uint32_t*>(out + row * dim + i);
 #pragma unroll
-    for (int k = 0; k < kStreams; ++k) c[j][k] = comb[(row * kStreams + j) * kStreams + k];
-  }
-  Bf16* x = streams + row * kStreams * dim;
-  for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
-    float old[kStreams];
+  for (int k = 0; k < kStreams; ++k) {
+    const float p = post[row * kStreams + k];
+    float low = __fmul_rn(p, LowBf16(o)), high = __fmul_rn(p, HighBf16(o));
 #pragma unroll
-    for (int j = 0; j < kStreams; ++j) old[j] = ToFloat(x[j * dim + i]);
-    const float o = ToFloat(out[row * dim + i]);
-#pragma unroll
-    for (int k = 0; k < kStreams; ++k) {
-      float s = __fmul_rn(p[k], o);
-#pragma unroll
-      for (int j = 0; j < kStreams; ++j) s = fmaf(c[j][k], old[j], s);
-      x[k * dim + i] = ToBf16(s);
+    for (int j = 0; j < kStreams; ++j) {
+      const float c = comb[(row * kStreams + j) * kStreams + k];
+      low = fmaf(c, LowBf16(old[j]), low);
+      high = fmaf(c, HighBf16(old[j]), high);
     }
+    *reinterpret_cast<__nv_bfloat162*>(x + k * dim) = {ToBf16(low), ToBf16(high)};
   }
 }
 
@@ -125,7 +142,7 @@ void HyperConnectionPre(const Bf16* streams, const HyperWeights& w, const float*
                         cudaStream_t stream) {
   if (rows == 0) return;
   LinearBf16(w.fn, {streams, kStreams * dim}, rows, {mixes, w.fn.n}, stream);
-  MixKernel<false><<<static_cast<unsigned>(rows), kThreads, dim * sizeof(float), stream>>>(
+  MixKernel<false><<<static_cast<unsigned>(rows), kMixThreads, dim * sizeof(float), stream>>>(
       streams, mixes, w.base, w.scale, norm, params, dim, u, post, comb);
   CUDA_CHECK(cudaGetLastError());
 }
@@ -133,7 +150,8 @@ void HyperConnectionPre(const Bf16* streams, const HyperWeights& w, const float*
 void HyperConnectionPost(const Bf16* out, const float* post, const float* comb, int64_t rows, int64_t dim,
                          Bf16* streams, cudaStream_t stream) {
   if (rows == 0) return;
-  PostKernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(out, post, comb, dim, streams);
+  const dim3 grid(static_cast<unsigned>((dim / 2 + kThreads - 1) / kThreads), static_cast<unsigned>(rows));
+  PostKernel<<<grid, kThreads, 0, stream>>>(out, post, comb, dim, streams);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -141,7 +159,7 @@ void HyperHead(const Bf16* streams, const HyperWeights& w, const float* norm, co
                int64_t dim, float* mixes, Bf16* z, cudaStream_t stream) {
   if (rows == 0) return;
   LinearBf16(w.fn, {streams, kStreams * dim}, rows, {mixes, w.fn.n}, stream);
-  MixKernel<true><<<static_cast<unsigned>(rows), kThreads, dim * sizeof(float), stream>>>(
+  MixKernel<true><<<static_cast<unsigned>(rows), kMixThreads, dim * sizeof(float), stream>>>(
       streams, mixes, w.base, w.scale, norm, params, dim, z, nullptr, nullptr);
   CUDA_CHECK(cudaGetLastError());
 }

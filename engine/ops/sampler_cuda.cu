@@ -19,6 +19,7 @@ namespace {
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kBlock = 1024;  // ids per partial sum
 constexpr int kLanes = 8;
+constexpr int kMaxBlocks = 2048;             // their sums fit a block's shared memory: vocabularies up to 2^21
 constexpr float kGreedyTemperature = 1e-5f;  // as the CPU's
 
 // exp(x) for x <= 0, 0 below -708 and for NaN: the CPU's series, operation by operation.
@@ -50,16 +51,94 @@ __device__ inline double Weight(float logit, float max, double inv_temperature) 
   return SamplerExp((static_cast<double>(logit) - static_cast<double>(max)) * inv_temperature);
 }
 
+// What passes between the three launches, per request.
+constexpr int kParts = 32;
+struct PartOfRow {
+  float max;
+  int32_t finite;
+};
+struct Workspace {
+  PartOfRow* parts;    // [count, kParts]
+  double* block_sums;  // [count, 2, blocks]: at temperature 1, then at the request's
+};
+
+Workspace LayOut(Bump& bump, int64_t count, int blocks) {
+  return {bump.Take<PartOfRow>(count * kParts), bump.Take<double>(count * 2 * blocks)};
+}
+
+int BlocksOf(int64_t vocab) { return static_cast<int>((vocab + kBlock - 1) / kBlock); }
+
+// One part of a row: its maximum, and whether all of it is below +inf and no NaN.
+__global__ void __launch_bounds__(256)
+    PartKernel(const float* all_logits, int64_t vocab, const DrawRequest* requests, PartOfRow* parts) {
+  __shared__ PartOfRow warps[8];
+  const float* logits = all_logits + requests[blockIdx.y].row * vocab;
+  const int64_t each = (vocab + kParts - 1) / kParts, begin = blockIdx.x * each, end = min(begin + each, vocab);
+  float max = -INFINITY;
+  bool good = true;
+#pragma unroll 4
+  for (int64_t i = begin + threadIdx.x; i < end; i += 256) {
+    const float x = logits[i];
+    good = good && x < INFINITY;
+    max = fmaxf(max, x);
+  }
+  max = WarpMax(max);
+  good = __all_sync(kFullWarp, good);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = {max, good};
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < 8; ++w) {
+    max = fmaxf(max, warps[w].max);
+    good = good && warps[w].finite != 0;
+  }
+  parts[blockIdx.y * kParts + blockIdx.x] = {max, good};
+}
+
+__device__ inline PartOfRow WholeRow(const PartOfRow* parts) {
+  PartOfRow row = parts[0];
+  for (int p = 1; p < kParts; ++p) {
+    row.max = fmaxf(row.max, parts[p].max);
+    row.finite = row.finite && parts[p].finite;
+  }
+  return row;
+}
+
+// One block of ids: a weight a thread, then eight lanes of 128 in order.
+__global__ void __launch_bounds__(kThreads)
+    BlockSumKernel(const float* all_logits, int64_t vocab, const DrawRequest* requests, int blocks, Workspace w) {
+  __shared__ double weights[kBlock], lanes[kLanes];
+  const DrawRequest request = requests[blockIdx.y];
+  const PartOfRow row = WholeRow(w.parts + blockIdx.y * kParts);
+  if (row.finite == 0 || row.max == -INFINITY) return;
+  const float* logits = all_logits + request.row * vocab;
+  const int64_t id = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
+  const bool second = request.greedy == 0 && request.inv_temperature != 1.0;
+  for (int pass = 0; pass < (second ? 2 : 1); ++pass) {
+    weights[threadIdx.x] = id < vocab ? Weight(logits[id], row.max, pass == 0 ? 1.0 : request.inv_temperature) : 0.0;
+    __syncthreads();
+    if (threadIdx.x < kLanes) {
+      double sum = 0;
+#pragma unroll 8
+      for (int i = 0; i < kBlock / kLanes; ++i) sum += weights[i * kLanes + threadIdx.x];
+      lanes[threadIdx.x] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      w.block_sums[(blockIdx.y * 2 + pass) * blocks + blockIdx.x] =
+          ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    }
+    __syncthreads();
+  }
+}
+
 struct Shared {
-  float max[kWarps];
-  int finite[kWarps];
   int64_t index[kWarps];
   double walk[kBlock];
-  double total;
+  double total[2];
   int64_t found;
 };
 
-// The lower of the threads' indices (`kNone` if none), for every thread.
+// The lower of the threads' indices (kNone if none), for every thread.
 constexpr int64_t kNone = INT64_MAX;
 __device__ inline int64_t BlockMin(int64_t index, Shared& s) {
 #pragma unroll
@@ -70,30 +149,6 @@ __device__ inline int64_t BlockMin(int64_t index, Shared& s) {
   for (int w = 0; w < kWarps; ++w) best = min(best, s.index[w]);
   __syncthreads();
   return best;
-}
-
-// Fills block_sums and returns their sum, in ascending order.
-__device__ inline double Weigh(const float* logits, int64_t vocab, float max, double inv_temperature, int blocks,
-                               double* lane_sums, double* block_sums, Shared& s) {
-  for (int chain = threadIdx.x; chain < blocks * kLanes; chain += kThreads) {
-    const int64_t begin = static_cast<int64_t>(chain / kLanes) * kBlock, end = min(begin + kBlock, vocab);
-    double sum = 0;
-    for (int64_t i = begin + chain % kLanes; i < end; i += kLanes) sum += Weight(logits[i], max, inv_temperature);
-    lane_sums[chain] = sum;
-  }
-  __syncthreads();
-  for (int b = threadIdx.x; b < blocks; b += kThreads) {
-    const double* l = lane_sums + b * kLanes;
-    block_sums[b] = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double total = 0;
-    for (int b = 0; b < blocks; ++b) total += block_sums[b];
-    s.total = total;
-  }
-  __syncthreads();
-  return s.total;
 }
 
 // First id whose cumulative weight passes uniform * total; if rounding has let none pass, the last with any weight.
@@ -140,55 +195,42 @@ __device__ inline int64_t Draw(const float* logits, int64_t vocab, float max, co
 }
 
 __global__ void __launch_bounds__(kThreads)
-    DrawKernel(const float* all_logits, int64_t vocab, const DrawRequest* requests, int blocks, DrawResult* results) {
-  extern __shared__ double sums[];  // lanes, then blocks
+    DrawKernel(const float* all_logits, int64_t vocab, const DrawRequest* requests, int blocks, Workspace w,
+               DrawResult* results) {
+  extern __shared__ double sums[];  // [2, blocks]
   __shared__ Shared s;
-  double* block_sums = sums + blocks * kLanes;
   const DrawRequest request = requests[blockIdx.x];
   const float* logits = all_logits + request.row * vocab;
-
-  float max = -INFINITY;
-  bool good = true;
-  for (int64_t i = threadIdx.x; i < vocab; i += kThreads) {
-    const float x = logits[i];
-    good = good && x < INFINITY;  // false for NaN and +inf
-    max = fmaxf(max, x);
-  }
-  max = WarpMax(max);
-  good = __all_sync(kFullWarp, good);
-  if (threadIdx.x % 32 == 0) {
-    s.max[threadIdx.x / 32] = max;
-    s.finite[threadIdx.x / 32] = good;
-  }
-  __syncthreads();
-  for (int w = 0; w < kWarps; ++w) {
-    max = fmaxf(max, s.max[w]);
-    good = good && s.finite[w] != 0;
-  }
-  if (!good || max == -INFINITY) {
+  const PartOfRow row = WholeRow(w.parts + blockIdx.x * kParts);
+  if (row.finite == 0 || row.max == -INFINITY) {
     if (threadIdx.x == 0) results[blockIdx.x] = {};
     return;
   }
-
-  const double total = Weigh(logits, vocab, max, 1.0, blocks, sums, block_sums, s);
+  const bool second = request.greedy == 0 && request.inv_temperature != 1.0;
+  for (int i = threadIdx.x; i < (second ? 2 : 1) * blocks; i += kThreads) {
+    sums[i] = w.block_sums[static_cast<int64_t>(blockIdx.x) * 2 * blocks + i];
+  }
+  __syncthreads();
+  if (threadIdx.x < 2 && (threadIdx.x == 0 || second)) {
+    double total = 0;
+    for (int b = 0; b < blocks; ++b) total += sums[threadIdx.x * blocks + b];
+    s.total[threadIdx.x] = total;
+  }
+  __syncthreads();
   int64_t id = kNone;
   if (request.greedy != 0) {
     for (int64_t i = threadIdx.x; i < vocab; i += kThreads) {
-      if (logits[i] == max) {
+      if (logits[i] == row.max) {
         id = i;
         break;
       }
     }
     id = BlockMin(id, s);
   } else {
-    double drawn_from = total;
-    if (request.inv_temperature != 1.0) {
-      __syncthreads();  // s.total has been read
-      drawn_from = Weigh(logits, vocab, max, request.inv_temperature, blocks, sums, block_sums, s);
-    }
-    id = Draw(logits, vocab, max, request, drawn_from, blocks, block_sums, s);
+    const int pass = second ? 1 : 0;
+    id = Draw(logits, vocab, row.max, request, s.total[pass], blocks, sums + pass * blocks, s);
   }
-  if (threadIdx.x == 0) results[blockIdx.x] = {total, static_cast<int32_t>(id), logits[id], max, 1};
+  if (threadIdx.x == 0) results[blockIdx.x] = {s.total[0], static_cast<int32_t>(id), logits[id], row.max, 1};
 }
 
 }  // namespace
@@ -222,16 +264,26 @@ SampledToken FinishDraw(const DrawResult& result) {
   return token;
 }
 
-void DrawTokens(const float* logits, int64_t vocab, const DrawRequest* requests, int64_t count, DrawResult* results,
-                cudaStream_t stream) {
+int64_t DrawWorkspaceBytes(int64_t vocab, int64_t count) {
+  Bump bump;
+  LayOut(bump, count, BlocksOf(vocab));
+  return bump.used();
+}
+
+void DrawTokens(const float* logits, int64_t vocab, const DrawRequest* requests, int64_t count, void* workspace,
+                DrawResult* results, cudaStream_t stream) {
   if (count == 0) return;
-  const int blocks = static_cast<int>((vocab + kBlock - 1) / kBlock);
-  const size_t smem = static_cast<size_t>(blocks) * (kLanes + 1) * sizeof(double);
-  static const cudaError_t allowed =
-      cudaFuncSetAttribute(DrawKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 160 << 10);
-  CUDA_CHECK(allowed);
-  CHECK(smem <= (160 << 10), "an engine checks the vocabulary when it is made");
-  DrawKernel<<<static_cast<unsigned>(count), kThreads, smem, stream>>>(logits, vocab, requests, blocks, results);
+  const int blocks = BlocksOf(vocab);
+  CHECK(blocks <= kMaxBlocks, "an engine checks the vocabulary when it is made");
+  Bump bump(static_cast<uint8_t*>(workspace));
+  const Workspace w = LayOut(bump, count, blocks);
+  const auto rows = static_cast<unsigned>(count);
+  PartKernel<<<dim3(kParts, rows), 256, 0, stream>>>(logits, vocab, requests, w.parts);
+  CUDA_CHECK(cudaGetLastError());
+  BlockSumKernel<<<dim3(static_cast<unsigned>(blocks), rows), kThreads, 0, stream>>>(logits, vocab, requests, blocks,
+                                                                                     w);
+  CUDA_CHECK(cudaGetLastError());
+  DrawKernel<<<rows, kThreads, 2 * blocks * sizeof(double), stream>>>(logits, vocab, requests, blocks, w, results);
   CUDA_CHECK(cudaGetLastError());
 }
 

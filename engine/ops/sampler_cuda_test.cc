@@ -23,8 +23,9 @@ class CudaSampler : public CudaTest {
     DeviceArray<float> device_logits(logits);
     DeviceArray<DrawRequest> device_draws(draws);
     DeviceArray<DrawResult> results(static_cast<int64_t>(draws.size()));
-    DrawTokens(device_logits.data(), vocab, device_draws.data(), static_cast<int64_t>(draws.size()), results.data(),
-               stream());
+    DeviceArray<uint8_t> workspace(DrawWorkspaceBytes(vocab, static_cast<int64_t>(draws.size())));
+    DrawTokens(device_logits.data(), vocab, device_draws.data(), static_cast<int64_t>(draws.size()), workspace.data(),
+               results.data(), stream());
     std::vector<SampledToken> tokens;
     for (const DrawResult& result : results.Fetch()) tokens.push_back(FinishDraw(result));
     return tokens;
