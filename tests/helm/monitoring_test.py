@@ -150,6 +150,7 @@ class Scrape(unittest.TestCase):
                 entry["worker"]["operator_listen"] = f"127.0.0.1:{port}"
                 cls.targets[entry["worker"]["name"]] = port
         document["router"].update(max_requests=8, queue_timeout_ms=500)
+        document["timers"] = {"expert_timeout_ms": 15000, "watchdog_ms": 15000, "dead_after_ms": 15000}
         document["expert"][1]["max_queue"] = 3
         with open(cls.cluster.config_path, "w") as out:
             json.dump(document, out)

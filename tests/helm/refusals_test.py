@@ -102,6 +102,10 @@ class Refusals(unittest.TestCase):
         self.refused({"timers": {"drain_grace_ms": 120000}, "router": {"terminationGracePeriodSeconds": 60}},
                      "router.terminationGracePeriodSeconds", "135", "timers.drain_grace_ms")
 
+    def test_a_default_above_its_limit_names_both_keys(self):
+        self.refused({"router": {"config": {"max_tokens_limit": 100, "default_max_tokens": 200}}},
+                     "router.config.default_max_tokens", "router.config.max_tokens_limit = 100")
+
     def test_every_expert_has_a_holder(self):
         self.refused({"expert": {"shares": ["0-7", "9-15"]}}, "expert.shares", "no pod holds expert 8")
         self.refused({"expert": {"shares": ["0-7,7", "8-15"]}}, "expert.shares[0]", "expert 7 twice")

@@ -127,6 +127,11 @@ for millrace.validate first, because Helm renders them in an order of its own an
 {{- if lt $lease (mul 3 $heartbeat | int) -}}
 {{- include "millrace.problem" (dict "check" . "text" (printf "timers.lease_ttl_ms: found %d, allowed at least 3 * timers.heartbeat_ms = %d: a lease is renewed every third of its time, and no oftener than a worker is heard" $lease (mul 3 $heartbeat))) -}}
 {{- end -}}
+{{- $limit := int (default 0 $values.router.config.max_tokens_limit) -}}
+{{- $tokens := int (default 0 $values.router.config.default_max_tokens) -}}
+{{- if and $limit (gt $tokens $limit) -}}
+{{- include "millrace.problem" (dict "check" . "text" (printf "router.config.default_max_tokens: found %d, allowed at most router.config.max_tokens_limit = %d" $tokens $limit)) -}}
+{{- end -}}
 {{- range $role := list "router" "prefill" "decode" "expert" -}}
 {{- $given := int (index $values $role).terminationGracePeriodSeconds -}}
 {{- $needed := include "millrace.drainSeconds" (dict "root" $check.root "role" $role) | int -}}
