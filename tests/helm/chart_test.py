@@ -126,8 +126,8 @@ class Document(unittest.TestCase):
             schema = json.load(source)
         properties = schema["properties"]
         # Addresses and names are the chart's to write.
-        written = {"control_listen", "control_address", "http_listen", "operator_listen", "grpc_listen", "name", "listen",
-                   "advertise"}
+        written = {"control_listen", "control_address", "http_listen", "operator_listen", "grpc_listen", "name",
+                   "listen", "advertise"}
         sections = {"RouterSection": properties["router"], "PrefillSection": properties["prefill"],
                     "DecodeSection": properties["decode"], "ExpertSection": properties["expert"]}
         allowed = {name: role["properties"]["config"]["properties"] for name, role in sections.items()}

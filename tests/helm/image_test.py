@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Dockerfiles without an engine: what they copy exists, what they install is what the binary needs, who they run as.
+"""The Dockerfiles without an engine: what they copy exists, what they install is needed, who they run as.
 
 deploy/docker/replay.py builds the CPU one for real, in a folder; that takes minutes and root, and is not part of a run.
 """

@@ -161,8 +161,8 @@ class Scrape(unittest.TestCase):
                                      "d.reserve=error(RESOURCE_EXHAUSTED)@3"} if name == "decode-1" else None)
         cls.cluster.wait_ready()
         cls.start_prometheus()
-        # What a crowd meets depends on the machine: rounds until everything has been seen once, and what is missing then
-        # is what the tests report.
+        # What a crowd meets depends on the machine: rounds until everything has been seen once. What is missing at the
+        # end is what the tests report.
         cls.codes = {}
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and (cls.empty_panels() or cls.codes.get(200, 0) < 10):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the chart refuses and in which words: wrong keys and types by its schema, what cannot work together in sentences.
+"""What the chart refuses, and in which words: wrong keys and types by its schema, contradictions in sentences.
 
 Tests are named after what an operator gets wrong. Each asserts the field that the message names, and what to write.
 """
