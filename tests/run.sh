@@ -69,7 +69,8 @@ build() {
 
 # Helm and its like are built from Go modules, where there is Go; what needs them is skipped elsewhere, in so many words.
 chart_tools() {
-  tests/helm/tools.sh "$1" || echo "run: tests of the chart that need more are SKIPPED: the line above says why" >&2
+  timeout 1800 tests/helm/tools.sh "$1" ||
+    echo "run: tests of the chart that need more are SKIPPED: the line above says why" >&2
 }
 
 # Tests that start whole clusters or measure time carry RUN_SERIAL; the rest share the cores.

@@ -108,6 +108,6 @@ def main(lacking=None):
     if lacking is None:
         lacking = "" if os.path.exists(HELM) else "helm"
     if lacking:
-        print(f"SKIPPED, NOT TESTED: missing here: {lacking} (tests/helm/tools.sh builds what can be built)", flush=True)
+        print(f"SKIPPED, NOT TESTED: missing here: {lacking} (tests/helm/tools.sh builds what it can)", flush=True)
         sys.exit(77)
     unittest.main(module="__main__", verbosity=2)

@@ -7,6 +7,7 @@ What is refused is refusals_test.py; that the rendered command lines run is proc
 """
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -116,6 +117,27 @@ class Document(unittest.TestCase):
                     names = [entry["worker"]["name"] for entry in rendered.document()[role]]
                     self.assertEqual(done.returncode, 78)
                     self.assertIn("the configuration has: " + ", ".join(names), done.stderr)
+
+    def test_the_schema_has_the_keys_of_the_proto(self):
+        with open(os.path.join(ROOT, "proto/millrace/v1/config.proto")) as source:
+            messages = {name: set(re.findall(r"(\w+) = \d+;", body)) for name, body in re.findall(
+                r"message (\w+) \{(.*?)\n\}", source.read(), re.S)}
+        with open(os.path.join(CHART, "values.schema.json")) as source:
+            schema = json.load(source)
+        properties = schema["properties"]
+        # Addresses and names are the chart's to write.
+        written = {"control_listen", "control_address", "http_listen", "operator_listen", "grpc_listen", "name",
+                   "listen", "advertise"}
+        sections = {"RouterSection": properties["router"], "PrefillSection": properties["prefill"],
+                    "DecodeSection": properties["decode"], "ExpertSection": properties["expert"]}
+        allowed = {name: role["properties"]["config"]["properties"] for name, role in sections.items()}
+        allowed.update(ModelSection=properties["model"]["properties"],
+                       TransferSection=properties["transfer"]["properties"],
+                       TimerSection=properties["timers"]["properties"],
+                       WorkerSection=schema["definitions"]["worker"]["properties"])
+        for message, keys in allowed.items():
+            with self.subTest(message):
+                self.assertEqual(set(keys), messages[message] - written)
 
     def test_the_binary_would_have_refused_a_wrong_one(self):
         document = Rendered().document()

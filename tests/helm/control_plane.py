@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real Kubernetes control plane on loopback: etcd, kube-apiserver, controller manager and scheduler, with kwok as nodes.
+"""A real Kubernetes control plane on loopback: etcd, API server, controller manager and scheduler, with kwok as nodes.
 
 Objects are admitted, controllers act and pods are placed as in a cluster; containers do not run, kwok says they do. The
 binaries are built by tools.sh. Everything lives in one temporary folder and ends with stop().

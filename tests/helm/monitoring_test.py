@@ -150,6 +150,7 @@ class Scrape(unittest.TestCase):
                 entry["worker"]["operator_listen"] = f"127.0.0.1:{port}"
                 cls.targets[entry["worker"]["name"]] = port
         document["router"].update(max_requests=8, queue_timeout_ms=500)
+        document["timers"] = {"expert_timeout_ms": 15000, "watchdog_ms": 15000, "dead_after_ms": 15000}
         document["expert"][1]["max_queue"] = 3
         with open(cls.cluster.config_path, "w") as out:
             json.dump(document, out)
@@ -160,8 +161,8 @@ class Scrape(unittest.TestCase):
                                      "d.reserve=error(RESOURCE_EXHAUSTED)@3"} if name == "decode-1" else None)
         cls.cluster.wait_ready()
         cls.start_prometheus()
-        # What a crowd meets depends on the machine: rounds until everything has been seen once, and what is missing then
-        # is what the tests report.
+        # What a crowd meets depends on the machine: rounds until everything has been seen once. What is missing at the
+        # end is what the tests report.
         cls.codes = {}
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and (cls.empty_panels() or cls.codes.get(200, 0) < 10):

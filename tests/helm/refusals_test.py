@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the chart refuses and in which words: wrong keys and types by its schema, what cannot work together in sentences.
+"""What the chart refuses, and in which words: wrong keys and types by its schema, contradictions in sentences.
 
 Tests are named after what an operator gets wrong. Each asserts the field that the message names, and what to write.
 """
@@ -102,6 +102,10 @@ class Refusals(unittest.TestCase):
         self.refused({"timers": {"drain_grace_ms": 120000}, "router": {"terminationGracePeriodSeconds": 60}},
                      "router.terminationGracePeriodSeconds", "135", "timers.drain_grace_ms")
 
+    def test_a_default_above_its_limit_names_both_keys(self):
+        self.refused({"router": {"config": {"max_tokens_limit": 100, "default_max_tokens": 200}}},
+                     "router.config.default_max_tokens", "router.config.max_tokens_limit = 100")
+
     def test_every_expert_has_a_holder(self):
         self.refused({"expert": {"shares": ["0-7", "9-15"]}}, "expert.shares", "no pod holds expert 8")
         self.refused({"expert": {"shares": ["0-7,7", "8-15"]}}, "expert.shares[0]", "expert 7 twice")
@@ -122,6 +126,7 @@ class Refusals(unittest.TestCase):
         self.refused({"model": {"device": "cuda"}, "decode": gpu}, "decode.resources.limits", "found 2")
         self.refused({"decode": gpu}, "decode.resources.limits", "model.device is cpu")
         self.refused({"router": gpu}, "router.resources.limits", "no weights")
+        self.refused({"expert": gpu}, "expert.resources.limits", "the pool computes on CPUs")
         self.refused({"model": {"device": "cuda", "numerics": "exact"}}, "model.numerics")
 
     def test_hostile_yaml_ends_before_a_template_sees_it(self):

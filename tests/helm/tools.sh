@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Builds the programs that check the chart, once, into .cache/kubernetes: real Helm, a real control plane, real schemas.
 #
-# Everything comes from Go modules at pinned versions and from Debian; no image and no prebuilt binary of the projects is
-# needed. A stamp says what a folder was made from, so a second call costs nothing. Figures: two cores, nothing cached.
+# Everything comes from Go modules at pinned versions and from Debian; no image and no prebuilt binary of the projects
+# is needed. A stamp says what a folder was made from, so a second call costs nothing. Figures: two cores, nothing cached.
 #
 #   tests/helm/tools.sh chart        helm, kubeconform, schemas of every kind the chart renders (1 minute)
-#   tests/helm/tools.sh kubernetes   the above, etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kwok (5 minutes more)
+#   tests/helm/tools.sh kubernetes   the above, etcd, kube-apiserver, its controllers and scheduler, kwok (5 minutes more)
 #   tests/helm/tools.sh prometheus   promtool and prometheus, unpacked from Debian's package and not installed
 #
 # Exit status: 0 done, 3 this machine cannot (no Go, no network): the tests that need them are skipped and say so.
@@ -66,16 +66,17 @@ once() {
   echo "$version" > "$stamp"
 }
 
+digest() { cat "$@" | sha256sum | head -c 12; }
+
 chart() {
   need_go
   # A Helm of modules knows no Kubernetes version; without one it takes 1.20 and refuses every current chart.
-  local minor="${KUBERNETES#v1.}"
-  once helm "$HELM" go install -trimpath \
-    -ldflags "-s -w -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor=1 -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor=${minor%%.*}" \
+  local minor="${KUBERNETES#v1.}" version=helm.sh/helm/v3/pkg/chartutil.k8sVersion
+  once helm "$HELM" go install -trimpath -ldflags "-s -w -X ${version}Major=1 -X ${version}Minor=${minor%%.*}" \
     "helm.sh/helm/v3/cmd/helm@$HELM"
   once kubeconform "$KUBECONFORM" go install -trimpath -ldflags "-s -w" \
     "github.com/yannh/kubeconform/cmd/kubeconform@$KUBECONFORM"
-  once schemas "$KUBERNETES $PROMETHEUS_OPERATOR $GATEWAY_API $KEDA $(cat tests/helm/schemas.py tests/helm/crds/*.yaml | sha256sum | head -c 12)" schemas
+  once schemas "$KUBERNETES $PROMETHEUS_OPERATOR $GATEWAY_API $KEDA $(digest tests/helm/schemas.py tests/helm/crds/*)" schemas
 }
 
 # The API server's own OpenAPI document, and the custom resources that the projects ship in their modules.
@@ -99,7 +100,7 @@ module() {
 }
 
 kubernetes() {
-  once control-plane "$KUBERNETES $(cat tests/helm/tools/go.* tests/helm/tools/*/main.go | sha256sum | head -c 12)" control_plane
+  once control-plane "$KUBERNETES $(digest tests/helm/tools/go.* tests/helm/tools/*/main.go)" control_plane
   once kwok "$KWOK" kwok
 }
 
@@ -116,7 +117,8 @@ control_plane() {
   cd tests/helm/tools
   # Clients refuse a server whose version is a placeholder.
   local version=k8s.io/component-base/version minor="${KUBERNETES#v1.}"
-  go build -trimpath -ldflags "-s -w -X $version.gitVersion=$KUBERNETES -X $version.gitMajor=1 -X $version.gitMinor=${minor%%.*}" \
+  local stamp="-X $version.gitVersion=$KUBERNETES -X $version.gitMajor=1 -X $version.gitMinor=${minor%%.*}"
+  go build -trimpath -ldflags "-s -w $stamp" \
     -o "$GOBIN/" ./etcd ./kube-apiserver ./kube-controller-manager ./kube-scheduler
 }
 

@@ -127,6 +127,11 @@ for millrace.validate first, because Helm renders them in an order of its own an
 {{- if lt $lease (mul 3 $heartbeat | int) -}}
 {{- include "millrace.problem" (dict "check" . "text" (printf "timers.lease_ttl_ms: found %d, allowed at least 3 * timers.heartbeat_ms = %d: a lease is renewed every third of its time, and no oftener than a worker is heard" $lease (mul 3 $heartbeat))) -}}
 {{- end -}}
+{{- $limit := int (default 0 $values.router.config.max_tokens_limit) -}}
+{{- $tokens := int (default 0 $values.router.config.default_max_tokens) -}}
+{{- if and $limit (gt $tokens $limit) -}}
+{{- include "millrace.problem" (dict "check" . "text" (printf "router.config.default_max_tokens: found %d, allowed at most router.config.max_tokens_limit = %d" $tokens $limit)) -}}
+{{- end -}}
 {{- range $role := list "router" "prefill" "decode" "expert" -}}
 {{- $given := int (index $values $role).terminationGracePeriodSeconds -}}
 {{- $needed := include "millrace.drainSeconds" (dict "root" $check.root "role" $role) | int -}}
@@ -217,18 +222,19 @@ for millrace.validate first, because Helm renders them in an order of its own an
 {{- end -}}
 {{- end -}}
 
-{{/* A worker drives one device. */}}
+{{/* A prefill or decode worker drives one device; the router loads no weights, and the pool computes on CPUs. */}}
 {{- define "millrace.checkDevices" -}}
 {{- $values := .root.Values -}}
 {{- $check := . -}}
 {{- range $role := include "millrace.roles" .root | fromJsonArray -}}
 {{- $limits := default dict (index $values $role).resources.limits -}}
 {{- $gpus := int (default 0 (get $limits $values.gpu.resourceName)) -}}
-{{- if and (ne $role "router") (eq $values.model.device "cuda") (ne $gpus 1) -}}
+{{- $drives := and (has $role (list "prefill" "decode")) (eq $values.model.device "cuda") -}}
+{{- if and $drives (ne $gpus 1) -}}
 {{- include "millrace.problem" (dict "check" $check "text" (printf "%s.resources.limits: found %d of %s, wanted 1 with model.device cuda: a worker drives one device, more devices are more workers" $role $gpus $values.gpu.resourceName)) -}}
-{{- end -}}
-{{- if and (gt $gpus 0) (or (eq $role "router") (ne $values.model.device "cuda")) -}}
-{{- include "millrace.problem" (dict "check" $check "text" (printf "%s.resources.limits: found %d of %s, which would lie idle: %s" $role $gpus $values.gpu.resourceName (ternary "the router loads no weights" "model.device is cpu" (eq $role "router")))) -}}
+{{- else if and (gt $gpus 0) (not $drives) -}}
+{{- $reasons := dict "router" "the router loads no weights" "expert" "the pool computes on CPUs" -}}
+{{- include "millrace.problem" (dict "check" $check "text" (printf "%s.resources.limits: found %d of %s, which would lie idle: %s" $role $gpus $values.gpu.resourceName (default "model.device is cpu" (get $reasons $role)))) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -243,7 +249,7 @@ for millrace.validate first, because Helm renders them in an order of its own an
 {{- range $role := include "millrace.roles" .root | fromJsonArray -}}
 {{- $values_ := index $values $role -}}
 {{- $limits := default dict $values_.resources.limits -}}
-{{- $onGpu := eq $values.model.device "cuda" -}}
+{{- $onGpu := and (eq $values.model.device "cuda") (ne $role "expert") -}}
 {{- $where := ternary "gpu.memory" (printf "%s.resources.limits.memory" $role) $onGpu -}}
 {{- $limit := include "millrace.bytes" (ternary $values.gpu.memory (default "" $limits.memory) $onGpu) | int64 -}}
 {{- if and (ne $role "router") $facts.weightBytes $limit (ne $values.model.numerics "exact") -}}
