@@ -21,7 +21,7 @@ namespace {
 
 constexpr char kModel[] = "deploy/demo/model";
 constexpr int kChunk = 512;
-constexpr int kSteps = 1024;  // room for warm-up and all repetitions of a decode benchmark
+constexpr int kSteps = 384;  // room for warm-up and all repetitions of a decode benchmark
 
 void Require(const absl::Status& status) {
   if (status.ok()) return;
@@ -135,7 +135,7 @@ BENCHMARK(BM_Decode)
     ->Args({8, 512})
     ->Args({32, 512})
     ->Unit(benchmark::kMicrosecond)
-    ->Iterations(1000);
+    ->Iterations(300);
 BENCHMARK(BM_Prefill)->ArgName("tokens")->Arg(128)->Arg(512)->Arg(4096)->Arg(14000)->Unit(benchmark::kMillisecond);
 
 }  // namespace
