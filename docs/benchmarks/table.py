@@ -57,7 +57,7 @@ def table(files):
         if any(cells):
             lines.append(f"| {words} | " + " | ".join(cells) + f" | {goal} |")
     for first, name in zip(firsts, files):
-        lines.append(f"\n`{name}`: recorded {first['date']} at {first['commit']} by `docs/benchmarks/record_cpu.py`.")
+        lines.append(f"\n`{name}`: recorded {first['date']} at {first['commit']}.")
     return "\n".join(lines) + "\n"
 
 
