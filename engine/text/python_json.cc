@@ -32,7 +32,7 @@ class Builder : public nlohmann::json_sax<Json> {
   bool number_unsigned(number_unsigned_t value) override { return Add(value); }
   bool number_float(number_float_t value, const string_t& digits) override {
     if (digits.find_first_of(".eE") != std::string::npos) return Add(value);
-    return Add(Json::binary(Json::binary_t::container_type(digits.begin(), digits.end()), kBigIntegerSubtype));
+    return Add(BigInteger(digits));
   }
   bool string(string_t& value) override { return Add(std::move(value)); }
   bool binary(binary_t&) override { return false; }  // JSON text has none
@@ -130,6 +130,16 @@ void AppendScalar(const Json& value, std::string& out) {
 }
 
 }  // namespace
+
+Json BigInteger(std::string_view digits) {
+  return Json::binary(Json::binary_t::container_type(digits.begin(), digits.end()), kBigIntegerSubtype);
+}
+
+std::string BigIntegerDigits(const Json& value) {
+  if (!value.is_binary()) return "";
+  const auto& digits = value.get_binary();
+  return std::string(digits.begin(), digits.end());
+}
 
 absl::StatusOr<Json> ParseJson(std::string_view text, int max_depth) {
   Json root;

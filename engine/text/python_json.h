@@ -17,8 +17,13 @@ namespace millrace::text {
 
 using Json = nlohmann::ordered_json;
 
-// Reads one JSON document. An integer beyond 64 bits is kept as its digits in a binary value that only DumpPythonJson
-// understands, so that it comes out as it went in.
+// An integer beyond 64 bits: its digits (and sign) in a binary value that only DumpPythonJson understands, so that it
+// comes out as it went in.
+Json BigInteger(std::string_view digits);
+// Those digits; empty for any other value.
+std::string BigIntegerDigits(const Json& value);
+
+// Reads one JSON document; integers beyond 64 bits become BigInteger.
 // Errors: InvalidArgument with the byte offset; also deeper than `max_depth`.
 absl::StatusOr<Json> ParseJson(std::string_view text, int max_depth = 256);
 

@@ -254,10 +254,13 @@ int RunRun(Arguments arguments) {
       is_chat ? router::ParseChatRequest(*body, served, {}) : router::ParseCompletionRequest(*body, served, {});
   if (!request.ok()) return Fail("run", kExitNoInput, request.status());
   if (request->n != 1) return Fail("run", kExitNoInput, "n: run draws one choice; send the request to a cluster");
+  if (request->prompts.size() != 1) {
+    return Fail("run", kExitNoInput, "prompt: run answers one prompt; send the request to a cluster");
+  }
 
   router::GenerationRequest generation;
   generation.request_id = "run";
-  generation.prompt_ids = request->prompt_ids;
+  generation.prompt_ids = request->prompts.front();
   generation.sampling = request->sampling;
   if (!request->has_seed) generation.sampling.seed = std::random_device{}();
   generation.max_tokens = request->max_tokens;

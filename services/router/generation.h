@@ -3,7 +3,7 @@
 //
 // A front parses, validates, encodes and turns text into ids; what lies behind GenerationService turns ids into more
 // ids: placement, hand-off, decode, repair. Neither side knows the other's half: there is no text, no stop string and
-// no JSON here, and no worker, lease or page either. One Generation is one choice of one request; a front that was
+// no JSON here, and no worker, lease or page either. One Generation is one choice of one prompt; a front that was
 // asked for n choices starts n of them with the same prompt and choice 0 .. n-1.
 //
 // Life of a generation, as its sink sees it (calls are sequential, never concurrent for one sink):

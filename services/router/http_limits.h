@@ -53,6 +53,8 @@ struct ApiLimits {
   size_t max_tool_schema_depth = 16;
   size_t max_tool_name_bytes = 64;
   int max_n = 8;
+  size_t max_prompts = 32;                     // of a completion request
+  size_t max_choices = 64;                     // prompts times n
   int32_t completion_default_max_tokens = 16;  // OpenAI's; 0: as chat
   size_t max_stops = 4;
   size_t max_stop_bytes = 256;

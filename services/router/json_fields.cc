@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
 #include "engine/text/concat.h"
+#include "engine/text/python_json.h"
 #include "services/common/error.h"
 
 namespace millrace::router {
@@ -27,6 +28,8 @@ std::string DescribeJson(const Json* value) {
       return "an array";
     case Json::value_t::object:
       return "an object";
+    case Json::value_t::binary:
+      return Concat("the number ", text::BigIntegerDigits(*value));
     default:
       return Concat("the number ", value->dump());
   }
@@ -35,6 +38,10 @@ std::string DescribeJson(const Json* value) {
 absl::Status WrongType(std::string_view param, std::string_view expected, const Json* found) {
   return InvalidRequest("invalid_type", param,
                         Concat(param, ": expected ", expected, ", got ", DescribeJson(found), "."));
+}
+
+absl::Status Unsupported(std::string_view param, std::string_view what) {
+  return InvalidRequest("unsupported_parameter", param, Concat(param, ": ", what, "."));
 }
 
 absl::Status WrongValue(std::string_view param, std::string_view expected, const Json* found) {
@@ -77,6 +84,7 @@ absl::Status JsonFields::ReadInteger(std::string_view name, int64_t low, int64_t
   const Json* value = Get(name);
   if (value == nullptr) return absl::OkStatus();
   const std::string expected = Concat("an integer from ", low, " to ", high);
+  if (value->is_binary()) return WrongValue(Path(name), expected, value);  // an integer beyond 64 bits
   if (!value->is_number()) return WrongType(Path(name), expected, value);
   const auto integer = AsInteger(*value);
   if (!integer || *integer < low || *integer > high) return WrongValue(Path(name), expected, value);
@@ -88,6 +96,7 @@ absl::Status JsonFields::ReadNumber(std::string_view name, double low, double hi
   const Json* value = Get(name);
   if (value == nullptr) return absl::OkStatus();
   const std::string expected = Concat("a number from ", low, " to ", high);
+  if (value->is_binary()) return WrongValue(Path(name), expected, value);
   if (!value->is_number()) return WrongType(Path(name), expected, value);
   const double number = value->get<double>();
   if (!(number >= low && number <= high)) return WrongValue(Path(name), expected, value);

@@ -23,6 +23,8 @@ namespace millrace::router {
 std::string DescribeJson(const Json* value);
 
 absl::Status WrongType(std::string_view param, std::string_view expected, const Json* found);
+// A field that this server will not honour, and ignoring it would change the answer.
+absl::Status Unsupported(std::string_view param, std::string_view what);
 absl::Status WrongValue(std::string_view param, std::string_view expected, const Json* found);
 
 class JsonFields {

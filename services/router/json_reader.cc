@@ -16,6 +16,7 @@
 #include "absl/strings/charconv.h"
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
+#include "engine/text/python_json.h"
 #include "services/common/error.h"
 
 namespace millrace::router {
@@ -213,6 +214,7 @@ class Reader {
       if (uint64_t value = 0; token[0] != '-' && std::from_chars(token.data(), end, value).ec == std::errc()) {
         return Json(value);
       }
+      return text::BigInteger(token);
     }
     double value = 0;
     const auto result = absl::from_chars(token.data(), end, value);

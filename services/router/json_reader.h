@@ -6,6 +6,11 @@
 // bounded by memory. This one refuses them with a code and the byte offset. It is iterative, linear in the input
 // whatever the keys are, and keeps the order of keys, since tool schemas go to the model as they came.
 //
+// Two other readers stay apart, because they are for other readers' texts and the engine cannot include this one:
+// engine/model/strict_json hands out events, so that the header of a checkpoint never becomes a tree, and its errors
+// name files; engine/text/python_json takes what Python's json takes, which is what the encoder's inputs are defined
+// by.
+//
 // Thread: any; pure functions.
 #pragma once
 
@@ -27,7 +32,8 @@ struct JsonLimits {
   size_t max_number_chars = 64;
 };
 
-// Reads exactly one value; white space may surround it. Integers beyond 64 bits become doubles, and -0 becomes 0.
+// Reads exactly one value; white space may surround it. Integers beyond 64 bits keep their digits
+// (text::BigInteger), since a tool's schema goes into the prompt as it was written; -0 becomes 0.
 // Errors: InvalidArgument with an ApiError whose code is one of invalid_json, invalid_number, json_too_deep,
 // duplicate_key, key_too_long, invalid_utf8, invalid_unicode_escape; json_too_large has HTTP status 413. The message
 // ends with "at byte N", N counting from 0; at the end of a truncated input N is its length.

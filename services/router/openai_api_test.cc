@@ -463,7 +463,6 @@ TEST_F(OpenAiApiTest, CompletionPromptsAreChecked) {
       {R"(,"prompt":[9223372036854775808])", "prompt[0]", "invalid_token_id"},
       {R"(,"prompt":[1.5])", "prompt[0]", "invalid_token_id"},
       {R"(,"prompt":[1,"a"])", "prompt[1]", "invalid_token_id"},
-      {R"(,"prompt":["a","b"])", "prompt", "unsupported_parameter"},
       {R"(,"prompt":{})", "prompt", "invalid_type"},
       {R"(,"prompt":"a","n":3,"best_of":2)", "best_of", "invalid_value"},
       {R"(,"prompt":"a","logprobs":21)", "logprobs", "invalid_value"},
@@ -574,6 +573,21 @@ TEST_F(OpenAiApiTest, UserTextNeverBecomesControlTokens) {
   EXPECT_EQ(std::count(ids.begin(), ids.end(), *tokenizer_->TokenId("<｜User｜>")), 1);
   ASSERT_EQ(AskCompletion(R"(,"prompt":"<｜User｜>")").status, 200);
   EXPECT_THAT(generations_->requests().back().prompt_ids, ElementsAre(*tokenizer_->TokenId("<｜User｜>")));
+}
+
+TEST_F(OpenAiApiTest, AHugeIntegerOfAToolReachesThePromptAsWritten) {
+  const std::string digits = "123456789012345678901234567890";
+  const TestReply reply = AskChat(
+      absl::StrCat(R"(,"tools":[{"type":"function","function":{"name":"f","parameters":{"type":"object","maximum":)",
+                   digits, R"(,"minimum":-)", digits, "}}}]"));
+  ASSERT_EQ(reply.status, 200) << reply.body;
+  const std::string prompt = tokenizer_->Decode(generations_->requests().back().prompt_ids, /*skip_special=*/false);
+  EXPECT_THAT(prompt, HasSubstr(absl::StrCat("\"maximum\": ", digits, ", \"minimum\": -", digits)));
+  for (const char* field : {"temperature", "seed", "max_tokens"}) {
+    const TestReply refused = AskChat(absl::StrCat(",\"", field, "\":", digits));
+    EXPECT_EQ(CodeOf(refused), "invalid_value") << field;
+    EXPECT_THAT(refused.body, HasSubstr(absl::StrCat("got the number ", digits)));
+  }
 }
 
 TEST_F(OpenAiApiTest, WholeChatReplyHasOpenAisShape) {
@@ -764,6 +778,52 @@ TEST_F(OpenAiApiTest, CompletionsTakeTextIdsSuffixAndEcho) {
   const auto ids = generations_->requests().back().prompt_ids;
   EXPECT_EQ(ids.front(), *tokenizer_->TokenId("<｜begin▁of▁sentence｜>"));
   EXPECT_EQ(ids.back(), *tokenizer_->TokenId("<｜fim▁end｜>"));
+}
+
+TEST_F(OpenAiApiTest, SeveralPromptsAreAnsweredInOrderAndCountedOnce) {
+  const Json reply =
+      Parse(AskCompletion(R"(,"prompt":["Hi there","Compute 1",[40,41,42]],"n":2,"seed":5,"echo":true)").body);
+  ASSERT_EQ(reply["choices"].size(), 6u) << reply;
+  for (int i = 0; i < 6; ++i) EXPECT_EQ(reply["choices"][i]["index"], i);
+  EXPECT_THAT(reply["choices"][1]["text"].get<std::string>(), ::testing::StartsWith("Hi there"));
+  EXPECT_THAT(reply["choices"][2]["text"].get<std::string>(), ::testing::StartsWith("Compute 1"));
+  const auto requests = generations_->requests();
+  ASSERT_EQ(requests.size(), 6u);
+  int64_t tokens = 0;
+  for (int i = 0; i < 6; ++i) {
+    EXPECT_EQ(requests[i].choice, i % 2) << "with one seed, each prompt draws what it draws alone";
+    EXPECT_EQ(requests[i].prompt_ids, requests[i - i % 2].prompt_ids);
+    if (i % 2 == 0) tokens += static_cast<int64_t>(requests[i].prompt_ids.size());
+  }
+  EXPECT_THAT(requests[4].prompt_ids, ElementsAre(40, 41, 42));
+  EXPECT_EQ(reply["usage"]["prompt_tokens"], tokens);
+
+  const auto events = Events(AskCompletion(R"(,"prompt":["Hi","Ho"],"stream":true,"echo":true)").body);
+  EXPECT_EQ(Joined(events, "text", 0), "HiHello world");
+  EXPECT_EQ(Joined(events, "text", 1), "HoHello world");
+  EXPECT_EQ(events.back(), "[DONE]");
+}
+
+TEST_F(OpenAiApiTest, SeveralPromptsAreCheckedOneByOne) {
+  const auto refused = [&](const std::string& members, const std::string& code, const std::string& param) {
+    const TestReply reply = AskCompletion(members);
+    EXPECT_EQ(reply.status, 400) << members;
+    EXPECT_EQ(CodeOf(reply), code) << members;
+    EXPECT_EQ(ParamOf(reply), param) << members;
+  };
+  refused(R"(,"prompt":["a",""])", "empty_prompt", "prompt[1]");
+  refused(R"(,"prompt":["a",[]])", "empty_prompt", "prompt[1]");
+  refused(R"(,"prompt":["a",7])", "invalid_type", "prompt[1]");
+  refused(R"(,"prompt":[[1,2],[3,-1]])", "invalid_token_id", "prompt[1][1]");
+  refused(R"(,"prompt":["a","b"],"suffix":"c")", "unsupported_parameter", "suffix");
+  refused(absl::StrCat(R"(,"prompt":[)", absl::StrJoin(std::vector<std::string>(33, R"("a")"), ","), "]"),
+          "too_many_items", "prompt");
+  refused(absl::StrCat(R"(,"n":8,"prompt":[)", absl::StrJoin(std::vector<std::string>(9, R"("a")"), ","), "]"),
+          "too_many_items", "prompt");
+  refused(absl::StrCat(R"(,"max_tokens":10,"prompt":["a",[)", absl::StrJoin(std::vector<int>(kContext - 5, 100), ","),
+                       "]]"),
+          "context_length_exceeded", "");
+  EXPECT_TRUE(generations_->requests().empty());
 }
 
 TEST_F(OpenAiApiTest, ErrorsBeforeTheFirstByteAreHttpErrors) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fields common to both endpoints, the prompt of each, and the token budget. The checks of messages and tools are in
-// openai_messages.cc.
+// Fields common to both endpoints and the token budget. The checks of messages and tools are in openai_messages.cc,
+// prompts become ids in openai_prompt.cc.
 #include "services/router/openai_request.h"
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include "services/common/error.h"
 #include "services/router/json_fields.h"
 #include "services/router/openai_messages.h"
+#include "services/router/openai_prompt.h"
 
 namespace millrace::router {
 namespace {
@@ -30,10 +31,6 @@ constexpr std::string_view kUnsupported[] = {
     "guided_json",     "guided_regex",    "guided_choice", "guided_grammar", "structured_outputs", "logits_processors",
     "prompt_logprobs", "use_beam_search",
 };
-
-absl::Status Unsupported(std::string_view param, std::string_view what) {
-  return InvalidRequest("unsupported_parameter", param, Concat(param, ": ", what, "."));
-}
 
 absl::Status CheckModel(JsonFields& fields, const ServedModel& model) {
   std::string name;
@@ -189,41 +186,6 @@ absl::Status ReadCommon(JsonFields& fields, const ServedModel& model, const ApiL
   return CheckBookkeeping(fields, limits, out);
 }
 
-absl::Status TooLong(absl::string_view prompt_tokens, int64_t max_tokens, const ServedModel& model) {
-  return InvalidRequest("context_length_exceeded", "",
-                        Concat("This model's context is ", model.context_length, " tokens; the prompt has ",
-                               std::string(prompt_tokens), " and ", max_tokens, " more were asked for."));
-}
-
-// Refuses by its bytes alone a text that cannot fit, since tokenising it would be the attack.
-absl::Status CheckTextBytes(size_t text_bytes, const ServedModel& model) {
-  const size_t limit = static_cast<size_t>(model.context_length);
-  if (text_bytes <= limit) return absl::OkStatus();  // no token is shorter than a byte
-  size_t longest = 1;
-  for (int32_t id = 0; id < model.tokenizer->size(); ++id) {
-    longest = std::max(longest, model.tokenizer->TokenBytes(id).size());
-  }
-  if (text_bytes / longest <= limit) return absl::OkStatus();
-  return TooLong(Concat("at least ", text_bytes / longest), 1, model);
-}
-
-// The prompt's ids, piece by piece, so that one that cannot fit is given up early.
-absl::StatusOr<std::vector<int32_t>> EncodePrompt(const text::Prompt& prompt, const ServedModel& model) {
-  size_t text_bytes = 0;
-  for (const auto& segment : prompt) text_bytes += segment.text.size();
-  RETURN_IF_ERROR(CheckTextBytes(text_bytes, model));
-  std::vector<int32_t> ids;
-  for (const auto& segment : prompt) {
-    std::vector<int32_t> part;
-    ASSIGN_OR_RETURN(part, text::PromptIds({segment}, *model.tokenizer));
-    ids.insert(ids.end(), part.begin(), part.end());
-    if (ids.size() > static_cast<size_t>(model.context_length)) {
-      return TooLong(Concat("at least ", ids.size()), 1, model);
-    }
-  }
-  return ids;
-}
-
 // max_tokens and its newer name, against the server's limit and what is left of the context.
 absl::Status ResolveMaxTokens(JsonFields& fields, const ServedModel& model, int32_t default_max_tokens,
                               ApiRequest& out) {
@@ -236,7 +198,9 @@ absl::Status ResolveMaxTokens(JsonFields& fields, const ServedModel& model, int3
       return InvalidRequest("invalid_value", "max_tokens", "max_tokens and max_completion_tokens differ.");
     }
   }
-  const int64_t prompt_tokens = static_cast<int64_t>(out.prompt_ids.size());
+  size_t longest = 0;
+  for (const auto& ids : out.prompts) longest = std::max(longest, ids.size());
+  const int64_t prompt_tokens = static_cast<int64_t>(longest);
   const int64_t left = model.context_length - prompt_tokens;
   int64_t max_tokens = std::max(old_name, new_name);
   const int64_t limit = model.max_tokens_limit == 0 ? kMax : model.max_tokens_limit;
@@ -247,7 +211,8 @@ absl::Status ResolveMaxTokens(JsonFields& fields, const ServedModel& model, int3
   }
   if (max_tokens == 0)
     max_tokens = std::min({default_max_tokens == 0 ? left : int64_t{default_max_tokens}, limit, left});
-  if (left < 1 || max_tokens > left) return TooLong(Concat(prompt_tokens), std::max<int64_t>(max_tokens, 1), model);
+  if (left < 1 || max_tokens > left)
+    return PromptTooLong(Concat(prompt_tokens), std::max<int64_t>(max_tokens, 1), model);
   RETURN_IF_ERROR(fields.ReadInteger("min_tokens", 0, max_tokens, min_tokens));
   out.max_tokens = static_cast<int32_t>(max_tokens);
   out.min_tokens = static_cast<int32_t>(min_tokens);
@@ -273,39 +238,6 @@ absl::Status AsRequestError(const absl::Status& status) {
   const std::string message(status.message());
   const size_t colon = message.find(':');
   return InvalidRequest("invalid_value", colon == std::string::npos ? "" : message.substr(0, colon), message);
-}
-
-absl::StatusOr<text::Prompt> ReadCompletionPrompt(const Json& prompt, const Json* suffix, const ServedModel& model,
-                                                  ApiRequest& out) {
-  const Json* value = &prompt;
-  if (prompt.is_array() && prompt.size() == 1 && (prompt[0].is_string() || prompt[0].is_array())) value = &prompt[0];
-  if (value->is_string()) {
-    const auto& text = value->get_ref<const std::string&>();
-    if (suffix != nullptr) {
-      if (!suffix->is_string()) return WrongType("suffix", "a string", suffix);
-      return text::EncodeFillInMiddle(text, suffix->get_ref<const std::string&>());
-    }
-    if (text.empty()) return InvalidRequest("empty_prompt", "prompt", "prompt: must not be empty.");
-    return text::Prompt{{text::Segment::Kind::kText, text}};
-  }
-  if (!value->is_array()) return WrongType("prompt", "a string or an array of token ids", value);
-  if (value->empty()) return InvalidRequest("empty_prompt", "prompt", "prompt: must not be empty.");
-  if (suffix != nullptr) return Unsupported("suffix", "only allowed with a prompt that is a string");
-  if (value->size() > 1 && std::all_of(value->begin(), value->end(), [](const Json& v) { return v.is_string(); })) {
-    return Unsupported("prompt", "several prompts in one request; send one request each");
-  }
-  if (value->size() > static_cast<size_t>(model.context_length)) return TooLong(Concat(value->size()), 1, model);
-  for (size_t i = 0; i < value->size(); ++i) {
-    const auto id = AsInteger((*value)[i]);
-    if (!id || *id < 0 || *id >= model.vocab_size) {
-      const std::string param = Concat("prompt[", i, "]");
-      return InvalidRequest("invalid_token_id", param,
-                            Concat(param, ": expected a token id from 0 to ", model.vocab_size - 1, ", got ",
-                                   DescribeJson(&(*value)[i]), "."));
-    }
-    out.prompt_ids.push_back(static_cast<int32_t>(*id));
-  }
-  return text::Prompt{};
 }
 
 absl::Status CheckIsObject(const Json& body) {
@@ -336,7 +268,8 @@ absl::StatusOr<ApiRequest> ParseChatRequest(const Json& body, const ServedModel&
   out.thinking = options->thinking;
   auto prompt = text::EncodeChatRequest(body, *options);
   if (!prompt.ok()) return AsRequestError(prompt.status());
-  ASSIGN_OR_RETURN(out.prompt_ids, EncodePrompt(*prompt, model));
+  out.prompts.resize(1);
+  ASSIGN_OR_RETURN(out.prompts[0], EncodePrompt(*prompt, model));
   RETURN_IF_ERROR(ResolveMaxTokens(fields, model, model.default_max_tokens, out));
   for (auto& name : fields.Unknown()) out.ignored.push_back(std::move(name));
   return out;
@@ -359,21 +292,16 @@ absl::StatusOr<ApiRequest> ParseCompletionRequest(const Json& body, const Served
   RETURN_IF_ERROR(fields.Read("echo", echo));
   if (echo && logprobs != nullptr) return Unsupported("echo", "not supported together with logprobs");
 
-  const Json* given = fields.Get("prompt");
-  if (given == nullptr) return InvalidRequest("missing_field", "prompt", "prompt: missing.");
-  text::Prompt prompt;
-  ASSIGN_OR_RETURN(prompt, ReadCompletionPrompt(*given, fields.Get("suffix"), model, out));
-  if (out.prompt_ids.empty()) {
-    // A plain prompt is read as the Hugging Face tokenizer reads it: spelt control tokens are control tokens.
-    if (prompt.size() == 1 && prompt[0].kind == text::Segment::Kind::kText) {
-      const std::string& text = prompt[0].text;
-      RETURN_IF_ERROR(CheckTextBytes(text.size(), model));
-      ASSIGN_OR_RETURN(out.prompt_ids, model.tokenizer->Encode(text, text::SpecialTokens::kMatch));
-    } else {
-      ASSIGN_OR_RETURN(out.prompt_ids, EncodePrompt(prompt, model));
-    }
+  ASSIGN_OR_RETURN(out.prompts, ReadCompletionPrompts(fields, model, limits));
+  const size_t num_choices = out.prompts.size() * static_cast<size_t>(out.n);
+  if (num_choices > limits.max_choices) {
+    return InvalidRequest("too_many_items", "prompt",
+                          Concat("prompt: ", out.prompts.size(), " prompts with ", out.n, " choices each make ",
+                                 num_choices, ", the limit is ", limits.max_choices, "."));
   }
-  if (echo) out.echo = model.tokenizer->Decode(out.prompt_ids, /*skip_special=*/false);
+  if (echo) {
+    for (const auto& ids : out.prompts) out.echoes.push_back(model.tokenizer->Decode(ids, /*skip_special=*/false));
+  }
   const int32_t default_max_tokens =
       limits.completion_default_max_tokens == 0 ? model.default_max_tokens : limits.completion_default_max_tokens;
   RETURN_IF_ERROR(ResolveMaxTokens(fields, model, default_max_tokens, out));

@@ -36,11 +36,11 @@ struct ServedModel {
 };
 
 struct ApiRequest {
-  std::vector<int32_t> prompt_ids;
+  std::vector<std::vector<int32_t>> prompts;  // ids; one, or for completions several, each answered n times
   SamplingParams sampling;
   bool has_seed = false;
   int32_t n = 1;
-  int32_t max_tokens = 0;  // resolved: prompt + max_tokens <= context_length
+  int32_t max_tokens = 0;  // of each choice; resolved: longest prompt + max_tokens <= context_length
   int32_t min_tokens = 0;
   bool ignore_eos = false;
   int32_t num_logprobs = -1;
@@ -52,7 +52,7 @@ struct ApiRequest {
   bool is_chat = false;
   bool thinking = false;             // chat: the prompt ends in <think>
   bool parse_tools = false;          // chat: DSML means tool calls
-  std::string echo;                  // completions: text to put before the completion
+  std::vector<std::string> echoes;   // completions: text to put before each prompt's completions; empty: none
   std::vector<std::string> ignored;  // fields without effect, for x-ignored-params
 };
 

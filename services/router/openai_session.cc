@@ -72,6 +72,9 @@ class Session : public std::enable_shared_from_this<Session> {
   void OnTimer();
   void ArmTimer();
   void WriteEvent(std::string_view json);
+  std::string EchoOf(const Choice& choice) const {
+    return request_.echoes.empty() ? "" : request_.echoes[choice.reply.index / request_.n];
+  }
   Json TakeLogprobs(Choice& choice);
   ReplyUsage Usage() const;
   int64_t DeliveredTokens() const;
@@ -130,18 +133,20 @@ void Session::Start() {
   context_.exchange->SetCallbacks(std::move(callbacks));
   ArmTimer();
 
-  choices_.reserve(request_.n);
-  for (int32_t i = 0; i < request_.n; ++i) {
+  // As OpenAI numbers them: all choices of the first prompt, then those of the next.
+  const int32_t num_choices = static_cast<int32_t>(request_.prompts.size()) * request_.n;
+  choices_.reserve(num_choices);
+  for (int32_t i = 0; i < num_choices; ++i) {
     choices_.emplace_back(request_, *context_.model->tokenizer);
     choices_[i].reply.index = i;
-    choices_[i].reply.content = request_.echo;
+    choices_[i].reply.content = EchoOf(choices_[i]);
     choices_[i].text_offset = 0;
   }
-  for (int32_t i = 0; i < request_.n; ++i) {
+  for (int32_t i = 0; i < num_choices; ++i) {
     GenerationRequest generation;
     generation.request_id = context_.generation_id;
-    generation.choice = i;
-    generation.prompt_ids = request_.prompt_ids;
+    generation.choice = i % request_.n;  // with one seed, a prompt has the answers that it has when sent alone
+    generation.prompt_ids = request_.prompts[i / request_.n];
     generation.sampling = request_.sampling;
     generation.max_tokens = request_.max_tokens;
     generation.min_tokens = request_.min_tokens;
@@ -221,8 +226,8 @@ void Session::SendRole(Choice& choice) {
   choice.role_sent = true;
   if (request_.is_chat) {
     WriteEvent(writer_.RoleChunk(choice.reply.index));
-  } else if (!request_.echo.empty()) {
-    WriteEvent(writer_.DeltaChunk(choice.reply.index, {.content = request_.echo}, {}, nullptr));
+  } else if (!EchoOf(choice).empty()) {
+    WriteEvent(writer_.DeltaChunk(choice.reply.index, {.content = EchoOf(choice)}, {}, nullptr));
   }
 }
 
@@ -349,8 +354,10 @@ Json Session::TakeLogprobs(Choice& choice) {
 
 ReplyUsage Session::Usage() const {
   ReplyUsage usage;
-  usage.prompt_tokens = static_cast<int64_t>(request_.prompt_ids.size());
-  usage.cached_tokens = choices_.front().cached_tokens;  // the others find what the first left in the cache
+  for (size_t i = 0; i < request_.prompts.size(); ++i) {
+    usage.prompt_tokens += static_cast<int64_t>(request_.prompts[i].size());
+    usage.cached_tokens += choices_[i * request_.n].cached_tokens;  // the others find what the first left in the cache
+  }
   for (const Choice& choice : choices_) {
     usage.completion_tokens += choice.tokens;
     usage.reasoning_tokens += choice.text.reasoning_tokens();

@@ -132,7 +132,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     GenerationRequest generation;
     // Unique even if the caller uses an id again.
     generation.request_id = request_id;
-    generation.prompt_ids = request_.prompt_ids;
+    generation.prompt_ids = request_.prompts.front();
     generation.sampling = request_.sampling;
     if (!request_.has_seed) generation.sampling.seed = std::random_device{}();
     seed_ = generation.sampling.seed;
@@ -216,7 +216,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     Event last;
     v1::GenerationEnd* end = last.mutable_end();
     end->set_reason(reason);
-    usage_.set_prompt_tokens(request_.prompt_ids.size());
+    usage_.set_prompt_tokens(request_.prompts.front().size());
     usage_.set_completion_tokens(static_cast<uint64_t>(completion_tokens_));
     usage_.set_reasoning_tokens(static_cast<uint64_t>(text_->reasoning_tokens()));
     *end->mutable_usage() = usage_;

@@ -209,6 +209,20 @@ class Completions(PythonCase):
         self.assertEqual("".join(chunk.choices[0].text for chunk in pieces), text)
         self.assertEqual(self.complete([40, 41, 42], max_tokens=2).usage.prompt_tokens, 3)
 
+    def test_several_prompts_are_answered_as_if_they_were_sent_alone(self):
+        prompts = ["one two three", "Compute 34 + 29.", "Tell me"]
+        options = {"max_tokens": 6, "temperature": 1, "seed": 3, "extra_body": {"ignore_eos": True}}
+        alone = [self.complete(prompt, n=2, **options) for prompt in prompts]
+        together = self.complete(prompts, n=2, **options)
+        self.assertEqual([choice.index for choice in together.choices], list(range(6)))
+        self.assertEqual([choice.text for choice in together.choices],
+                         [choice.text for reply in alone for choice in reply.choices])
+        self.assertEqual(together.usage.prompt_tokens, sum(reply.usage.prompt_tokens for reply in alone))
+        streamed = [""] * 6
+        for chunk in self.complete(prompts, n=2, stream=True, **options):
+            streamed[chunk.choices[0].index] += chunk.choices[0].text
+        self.assertEqual(streamed, [choice.text for choice in together.choices])
+
     def test_log_probabilities_in_the_older_form(self):
         logprobs = self.complete("one two three", max_tokens=4, logprobs=2,
                                  extra_body={"ignore_eos": True}).choices[0].logprobs
