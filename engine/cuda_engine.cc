@@ -57,10 +57,6 @@ absl::Status CheckShapes(const ModelConfig& c) {
   RETURN_IF_ERROR(at_most("index_n_heads", c.index_n_heads, 256));
   RETURN_IF_ERROR(at_most("n_routed_experts", c.n_routed_experts, cuda::kMaxExperts));
   RETURN_IF_ERROR(at_most("num_experts_per_tok", c.num_experts_per_tok, cuda::kMaxTopK));
-  if (c.num_attention_heads % 4 != 0) {
-    return absl::FailedPreconditionError(absl::StrCat("device: cuda takes num_attention_heads in multiples of 4, the ",
-                                                      "model has ", c.num_attention_heads));
-  }
   return absl::OkStatus();
 }
 

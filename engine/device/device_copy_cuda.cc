@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See device_copy.h. Host memory passes through a page-locked ring of two pieces per thread: copies from pageable memory
-// would be staged by the driver on a stream that others wait for.
+// See device_copy.h. Host memory passes through a page-locked ring of two pieces per thread: copies from pageable
+// memory would be staged by the driver on a stream that others wait for.
 #include "engine/device/device_copy.h"
 
 #include <algorithm>

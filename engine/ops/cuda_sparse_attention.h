@@ -8,7 +8,7 @@
 
 namespace millrace::cuda {
 
-// q [T, heads, 512] -> out [T, heads, 512]; `keys` as WindowAppend filled it; heads a multiple of 4. kWindow ignores
+// q [T, heads, 512] -> out [T, heads, 512]; `keys` as WindowAppend filled it. kWindow ignores
 // `page` and `selection`; kHca takes every visible entry; kCsa the selected ones.
 void SparseAttention(LayerKind kind, const PassView& pass, const PageLayerLayout& page, const Bf16* q, int heads,
                      const float* sink, const Bf16* keys, SelectionView selection, RopeView rope, Bf16* out,

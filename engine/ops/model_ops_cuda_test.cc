@@ -4,8 +4,8 @@
 //
 // Where both do the same IEEE operations in the same order (rotations, formats, selection, combination) bits are asked
 // for. Where a sum runs over lanes in another order or an exponential is another library's, results before rounding
-// differ by a few ulp of FP32, so that about one BF16 value in a thousand rounds the other way: bounds are relative norms
-// well below one rounding (2^-9), each beside its check.
+// differ by a few ulp of FP32, so that about one BF16 value in a thousand rounds the other way: bounds are relative
+// norms well below one rounding (2^-9), each beside its check.
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
@@ -115,9 +115,14 @@ class CudaModelOps : public CudaTest {
     p->device_positions = std::make_unique<DeviceArray<int32_t>>(positions);
     p->device_row_sequence = std::make_unique<DeviceArray<int32_t>>(row_sequence);
     p->device_sequences = std::make_unique<DeviceArray<SequenceView>>(views);
-    p->device = {static_cast<int64_t>(p->ids.size()), static_cast<int>(views.size()), p->device_ids->data(),
-                 p->device_positions->data(), p->device_row_sequence->data(), p->device_sequences->data(),
-                 device_pages_->data(), layout_.page_bytes};
+    p->device = {static_cast<int64_t>(p->ids.size()),
+                 static_cast<int>(views.size()),
+                 p->device_ids->data(),
+                 p->device_positions->data(),
+                 p->device_row_sequence->data(),
+                 p->device_sequences->data(),
+                 device_pages_->data(),
+                 layout_.page_bytes};
     const int64_t rows = p->device.num_rows;
     p->cos.resize(rows * 32);
     p->sin.resize(rows * 32);
@@ -251,10 +256,10 @@ TEST_F(CudaModelOps, HyperConnectionsAgree) {
                         stream());
     EXPECT_LT(RelativeNorm(FromDeviceBf16(device_streams.Fetch()), streams), kFewRoundings);
 
-    millrace::HyperConnectionWeights host_head{PackedLinear::FromF32(fn.data(), 4, flat),
-                                     {base.begin(), base.begin() + 4}, {0.9f}};
-    const HyperWeights device_head{{WeightKind::kF32, 4, flat, device_fn.data()}, device_base.data(),
-                                   device_scale.data()};
+    millrace::HyperConnectionWeights host_head{
+        PackedLinear::FromF32(fn.data(), 4, flat), {base.begin(), base.begin() + 4}, {0.9f}};
+    const HyperWeights device_head{
+        {WeightKind::kF32, 4, flat, device_fn.data()}, device_base.data(), device_scale.data()};
     const std::vector<float> same = FromDeviceBf16(device_streams.Fetch());
     std::vector<float> z(rows * dim);
     ops_.HyperHead(same.data(), host_head, norm.data(), rows, z.data());
@@ -340,11 +345,17 @@ TEST_F(CudaModelOps, CompressorsPoolTheSameEntriesForAnyCut) {
           return v;
         };
         const SlotLayerLayout &csa = layout_.slot_layers[1], &l = layout_.slot_layers[2];
-        EXPECT_EQ(FirstDifference(floats(slots.data(), csa.csa_prev, 4096), floats(slots_.data(), csa.csa_prev, 4096)), -1);
-        EXPECT_EQ(FirstDifference(floats(slots.data(), csa.csa_cur, 8192), floats(slots_.data(), csa.csa_cur, 8192)), -1);
-        EXPECT_EQ(FirstDifference(floats(slots.data(), csa.index_prev, 1024), floats(slots_.data(), csa.index_prev, 1024)), -1);
-        EXPECT_EQ(FirstDifference(floats(slots.data(), csa.index_cur, 2048), floats(slots_.data(), csa.index_cur, 2048)), -1);
-        EXPECT_LT(RelativeNorm(floats(slots.data(), l.hca_state, 1536), floats(slots_.data(), l.hca_state, 1536)), 1e-5);
+        EXPECT_EQ(FirstDifference(floats(slots.data(), csa.csa_prev, 4096), floats(slots_.data(), csa.csa_prev, 4096)),
+                  -1);
+        EXPECT_EQ(FirstDifference(floats(slots.data(), csa.csa_cur, 8192), floats(slots_.data(), csa.csa_cur, 8192)),
+                  -1);
+        EXPECT_EQ(
+            FirstDifference(floats(slots.data(), csa.index_prev, 1024), floats(slots_.data(), csa.index_prev, 1024)),
+            -1);
+        EXPECT_EQ(
+            FirstDifference(floats(slots.data(), csa.index_cur, 2048), floats(slots_.data(), csa.index_cur, 2048)), -1);
+        EXPECT_LT(RelativeNorm(floats(slots.data(), l.hca_state, 1536), floats(slots_.data(), l.hca_state, 1536)),
+                  1e-5);
       }
       start += count;
     }
@@ -517,8 +528,8 @@ TEST_F(CudaModelOps, AttentionMergesSegmentsAsTheCpuDoes) {
       row_sequence(std::vector<int32_t>{0}), ids(std::vector<int32_t>{0});
   DeviceArray<SequenceView> views(
       std::vector<SequenceView>{{0, 1, kStart, device_slot.data(), device_block_table.data()}});
-  const PassView device{1, 1, ids.data(), positions.data(), row_sequence.data(), views.data(), device_pages.data(),
-                        layout.page_bytes};
+  const PassView device{
+      1, 1, ids.data(), positions.data(), row_sequence.data(), views.data(), device_pages.data(), layout.page_bytes};
   const std::vector<SequenceRows> sequences{{0, 1, kStart, slot.data(), &host_pages}};
   const int64_t position = kStart;
   const int32_t id = 0;
@@ -565,8 +576,8 @@ TEST_F(CudaModelOps, GateChoosesTheCpusExperts) {
     for (const bool hash : {false, true}) {
       std::vector<int32_t> expected(kRows * kTop);
       std::vector<float> expected_weights(kRows * kTop);
-      ops_.Gate(u.data(), packed, hash ? nullptr : bias.data(), hash ? tid2eid.data() : nullptr, ids.data(), kRows, kTop,
-                1.5f, expected.data(), expected_weights.data());
+      ops_.Gate(u.data(), packed, hash ? nullptr : bias.data(), hash ? tid2eid.data() : nullptr, ids.data(), kRows,
+                kTop, 1.5f, expected.data(), expected_weights.data());
       LinearBf16({WeightKind::kBf16, experts, kHidden, device_w.data()}, {device_u.data(), kHidden}, kRows,
                  {logits.data(), experts}, stream());
       Gate(logits.data(), experts, hash ? nullptr : device_bias.data(), hash ? device_table.data() : nullptr,

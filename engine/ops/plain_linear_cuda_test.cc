@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products and activation quantisation on the device against their CPU twins. The order of summation is the same,
-// so the bound is none: bits.
+// Matrix products and activation quantisation on the device against their CPU twins. The order of summation is the
+// same, so the bound is none: bits.
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -147,8 +147,8 @@ TEST_F(CudaLinear, GroupsMultiplyTheirOwnColumns) {
   }
 }
 
-// Experts: FP4 products, SwiGLU between them, rows in the order of the pairs. SwiGLU's exponential is another library's,
-// so a value of the intermediate may round the other way: bits are not asked for, a tenth of a percent is.
+// Experts: FP4 products, SwiGLU between them, rows in the order of the pairs. SwiGLU's exponential is another
+// library's, so a value of the intermediate may round the other way: bits are not asked for, a tenth of a percent is.
 TEST_F(CudaLinear, RoutedExpertsAgreeWithTheCpu) {
   constexpr int kExperts = 16, kTop = 3;
   constexpr int64_t kHidden = 256, kWidth = 128;
@@ -174,7 +174,8 @@ TEST_F(CudaLinear, RoutedExpertsAgreeWithTheCpu) {
     add(w1, c1), add(w2, c2), add(w3, c3), add(s1, x1), add(s2, x2), add(s3, x3);
   }
   DeviceArray<uint8_t> d1(w1), d2(w2), d3(w3), ds1(s1), ds2(s2), ds3(s3);
-  const ExpertWeights weights{kExperts, kHidden, kWidth, d1.data(), d2.data(), d3.data(), ds1.data(), ds2.data(), ds3.data()};
+  const ExpertWeights weights{kExperts,  kHidden,    kWidth,     d1.data(), d2.data(),
+                              d3.data(), ds1.data(), ds2.data(), ds3.data()};
 
   std::vector<float> first;  // the first row's, which may not depend on how many there are
   for (const int64_t rows : {1, 2, 7, 40, 90, 400}) {

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention core: one block per (row, group of heads), no tensor cores yet.
+// Attention core on tensor cores: one block per (row, sixteen heads), BF16 products summed in FP32.
 //
-// The list of a row is its 128 window slots, oldest first, then its entries ascending; a segment is 1,152 places of
-// that list. A segment keeps its logits in shared memory, so that probabilities are rounded relative to the segment's
-// own maximum, and segments merge in ascending order: the list, and so the bits, depend on the row's position only.
+// The list of a row is its 128 window slots, oldest first, then its entries ascending, in tiles of 64; a segment is 18
+// tiles. A segment is walked twice: first for its logits, which stay in shared memory so that probabilities are rounded
+// relative to the segment's own maximum, then for its values. Segments merge in ascending order. Everything is cut by
+// place in the list, so the bits depend on the row's position only, whatever else is in the pass.
 //
-// Logits: one warp a key, four keys in flight, queries in registers. Values: a quarter of the block takes every fourth
-// place, eight dims a thread and eight keys in flight; the quarters are added in order. How many heads share a block
-// changes no sum. Each key is read twice, from the window's BF16 rows or as stored. Bound: latency for few rows, the
-// FP32 pipe for many.
+// Shared memory: one tile of keys as BF16 (64 rows, padded by 16 bytes so that ldmatrix meets no bank twice), the
+// segment's logits as FP32 and its probabilities as BF16, the entries' places. All eight warps widen a tile (eight keys
+// each) and meet at a barrier; then a warp has eight keys of the logits, or 64 dims of the values. Queries stay in
+// registers as fragments of m16n8k16. Bound: reading and widening keys, twice; loads are not overlapped with products.
 #include "engine/device/cuda_device.h"
 #include "engine/ops/cuda_entry.cuh"
 #include "engine/ops/cuda_sparse_attention.h"
@@ -18,143 +19,133 @@ namespace millrace::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kSegment = 18 * 64;
-constexpr int kQuarters = 4, kQuarterThreads = kThreads / kQuarters;
-constexpr int kThreadDims = kHeadDim / kQuarterThreads;  // 8
+constexpr int kHeads = 16;  // rows of one product
+constexpr int kTile = 64, kSegment = 18 * kTile;
 constexpr int kEntryBody = kPlainDim + 2 * kRopeDim;
+constexpr int kKeysPerWarp = kTile / kWarps;     // 8: columns of a logit product
+constexpr int kDimsPerWarp = kHeadDim / kWarps;  // 64
+constexpr int kKSteps = kHeadDim / 16;
+constexpr int kKeyStride = kHeadDim + 8;  // BF16 values; likewise below
+constexpr int kLogitStride = kSegment + 4, kProbabilityStride = kSegment + 8;
 
-// Where the keys of one row lie. `places` (shared memory) names the entries of the current segment.
+struct Smem {
+  Bf16 keys[kTile][kKeyStride];
+  float logits[kHeads][kLogitStride];
+  Bf16 probabilities[kHeads][kProbabilityStride];
+  uint32_t places[kSegment];  // page * entries per page + index in the page
+  float max[kHeads], sum[kHeads];
+};
+static_assert(sizeof(Smem) <= 227 << 10, "one block a multiprocessor");
+
+// Where the keys of one row lie.
 struct KeyList {
   const Bf16* window;  // key of position - 127; rows before the sequence are not read
   const uint8_t* pages;
   int64_t page_bytes, bodies, scales;
   int per_page;
-  const uint32_t* places;  // page * per_page + index in the page
 };
 
-struct EntryAddress {
-  const uint8_t* body;
-  const uint8_t* scales;
-};
-__device__ inline EntryAddress FindEntry(const KeyList& list, int j) {
-  const uint32_t at = list.places[j], in_page = at % list.per_page;
-  const uint8_t* page = list.pages + at / list.per_page * list.page_bytes;
-  return {page + list.bodies + in_page * kEntryBody, page + list.scales + in_page * 8};
-}
-
-// Sixteen consecutive values as loaded: BF16 in both words, or E4M3 in the first with its scale.
+// Sixteen consecutive values of a key as loaded: BF16 in both words, or E4M3 in the first with its scale.
 struct RawKey {
   uint4 a, b;
   float scale;  // 0: BF16
 };
-__device__ inline RawKey LoadRawKey(const KeyList& list, bool in_window, int64_t place, int j, int lane) {
-  RawKey raw;
+
+// `place` of the segment that begins at `begin`; `valid` false: zeros.
+__device__ inline RawKey LoadRawKey(const KeyList& list, const uint32_t* places, int64_t begin, int place, bool valid,
+                                    int lane) {
+  RawKey raw = {{0, 0, 0, 0}, {0, 0, 0, 0}, 0};
+  if (!valid) return raw;
   const uint4* at;
-  raw.scale = 0;
-  if (in_window) {
-    at = reinterpret_cast<const uint4*>(list.window + place * kHeadDim + lane * kLaneDims);
+  if (begin + place < kWindow) {
+    at = reinterpret_cast<const uint4*>(list.window + (begin + place) * kHeadDim + lane * kLaneDims);
   } else {
-    const EntryAddress entry = FindEntry(list, j);
+    const uint32_t entry = places[place], in_page = entry % list.per_page;
+    const uint8_t* page = list.pages + entry / list.per_page * list.page_bytes;
+    const uint8_t* body = page + list.bodies + in_page * kEntryBody;
     if (lane < kFirstRopeLane) {
-      raw.a = *reinterpret_cast<const uint4*>(entry.body + lane * kLaneDims);
-      raw.scale = DecodeE8m0(entry.scales[lane / 4]);
+      raw.a = *reinterpret_cast<const uint4*>(body + lane * kLaneDims);
+      raw.scale = DecodeE8m0(page[list.scales + in_page * 8 + lane / 4]);
       return raw;
     }
-    at = reinterpret_cast<const uint4*>(entry.body + kPlainDim + (lane - kFirstRopeLane) * kLaneDims * 2);
+    at = reinterpret_cast<const uint4*>(body + kPlainDim + (lane - kFirstRopeLane) * kLaneDims * 2);
   }
   raw.a = at[0];
   raw.b = at[1];
   return raw;
 }
-__device__ inline void WidenRawKey(const RawKey& raw, LaneEntry& e) {
-  const uint32_t words[8] = {raw.a.x, raw.a.y, raw.a.z, raw.a.w, raw.b.x, raw.b.y, raw.b.z, raw.b.w};
+
+// Two floats that BF16 holds exactly, as a pair.
+__device__ inline uint32_t PackExact(float low, float high) {
+  return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);
+}
+
+__device__ inline void StoreRawKey(const RawKey& raw, Bf16* row, int lane) {
+  uint4* to = reinterpret_cast<uint4*>(row + lane * kLaneDims);
   if (raw.scale == 0) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      e.v[2 * i] = LowBf16(words[i]);
-      e.v[2 * i + 1] = HighBf16(words[i]);
-    }
+    to[0] = raw.a;
+    to[1] = raw.b;
     return;
   }
+  float v[kLaneDims];
+  WidenE4m3(raw.a.x, v);
+  WidenE4m3(raw.a.y, v + 4);
+  WidenE4m3(raw.a.z, v + 8);
+  WidenE4m3(raw.a.w, v + 12);
+  uint32_t pairs[8];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) WidenE4m3(words[i], e.v + 4 * i);
-#pragma unroll
-  for (int i = 0; i < kLaneDims; ++i) e.v[i] *= raw.scale;
+  for (int i = 0; i < 8; ++i) pairs[i] = PackExact(v[2 * i] * raw.scale, v[2 * i + 1] * raw.scale);
+  to[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  to[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
 }
 
-// Eight consecutive values, the same way.
-struct RawValues {
-  uint4 a;
-  float scale;
-};
-__device__ inline RawValues LoadRawValues(const KeyList& list, bool in_window, int64_t place, int j, int dim) {
-  RawValues raw;
-  raw.scale = 0;
-  if (in_window) {
-    raw.a = *reinterpret_cast<const uint4*>(list.window + place * kHeadDim + dim);
-    return raw;
-  }
-  const EntryAddress entry = FindEntry(list, j);
-  if (dim >= kPlainDim) {
-    raw.a = *reinterpret_cast<const uint4*>(entry.body + kPlainDim + (dim - kPlainDim) * 2);
-    return raw;
-  }
-  const uint2 codes = *reinterpret_cast<const uint2*>(entry.body + dim);
-  raw.a = {codes.x, codes.y, 0, 0};
-  raw.scale = DecodeE8m0(entry.scales[dim / 64]);
-  return raw;
-}
-__device__ inline void WidenRawValues(const RawValues& raw, float* v) {
-  if (raw.scale != 0) {
-    WidenE4m3(raw.a.x, v);
-    WidenE4m3(raw.a.y, v + 4);
+// Tile `tile` of the segment into shared memory; places below `first` and from `n` on become zeros, which add nothing.
+__device__ inline void LoadTile(const KeyList& list, Smem& smem, int64_t begin, int tile, int first, int n) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr int kInFlight = 4;
 #pragma unroll
-    for (int i = 0; i < kThreadDims; ++i) v[i] *= raw.scale;
-    return;
-  }
-  const uint32_t words[4] = {raw.a.x, raw.a.y, raw.a.z, raw.a.w};
+  for (int half = 0; half < kKeysPerWarp / kInFlight; ++half) {
+    RawKey raw[kInFlight];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = LowBf16(words[i]);
-    v[2 * i + 1] = HighBf16(words[i]);
-  }
-}
-
-// kHeads partial sums a lane to kHeads sums over the warp: halves of the heads change sides until each lane has one,
-// which is then summed. Returns the sum of head lane / (32 / kHeads). The tree is one for every kHeads.
-template <int kHeads>
-__device__ inline float ReduceHeads(float (&x)[kHeads], int lane) {
-  int distance = 16;
+    for (int i = 0; i < kInFlight; ++i) {
+      const int place = tile * kTile + warp * kKeysPerWarp + half * kInFlight + i;
+      raw[i] = LoadRawKey(list, smem.places, begin, place, place >= first && place < n, lane);
+    }
 #pragma unroll
-  for (int n = kHeads / 2; n > 0; n /= 2, distance /= 2) {
-    const bool upper = (lane & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const float other = __shfl_xor_sync(kFullWarp, upper ? x[i] : x[i + n], distance);
-      x[i] = (upper ? x[i + n] : x[i]) + other;
+    for (int i = 0; i < kInFlight; ++i) {
+      StoreRawKey(raw[i], smem.keys[warp * kKeysPerWarp + half * kInFlight + i], lane);
     }
   }
-  for (; distance > 0; distance /= 2) x[0] += __shfl_xor_sync(kFullWarp, x[0], distance);
-  return x[0];
 }
 
-template <int kHeads>
-struct AttentionSmem {
-  union {
-    float logits[kSegment][kHeads];               // then probabilities
-    float quarters[kQuarters][kHeads][kHeadDim];  // sums of the segment's values, once probabilities are used
-  };
-  uint32_t places[kSegment];
-  float max[kHeads], sum[kHeads];
-};
+// PTX, in one place.
+__device__ inline uint32_t SmemAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ inline void LoadMatrices(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(SmemAddress(row)));
+}
+__device__ inline void LoadMatricesTransposed(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(SmemAddress(row)));
+}
+__device__ inline void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
-template <int kHeads>
-__global__ void __launch_bounds__(kThreads)
+// In a product's result, a lane has heads lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next.
+__global__ void __launch_bounds__(kThreads, 1)
     AttentionKernel(LayerKind kind, PassView pass, PageLayerLayout page, const Bf16* q, int heads, const float* sink,
                     const Bf16* keys, SelectionView selection, RopeView rope, Bf16* out) {
-  __shared__ __align__(16) AttentionSmem<kHeads> smem;
+  extern __shared__ __align__(16) uint8_t smem_bytes[];
+  Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   const int64_t row = blockIdx.x;
-  const int first_head = static_cast<int>(blockIdx.y) * kHeads;
+  const int first_head = static_cast<int>(blockIdx.y) * kHeads, num_heads = min(kHeads, heads - first_head);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t position = pass.positions[row], sequence_index = pass.row_sequence[row];
   const SequenceView sequence = pass.sequences[sequence_index];
@@ -163,8 +154,7 @@ __global__ void __launch_bounds__(kThreads)
                      pass.page_bytes,
                      page.bodies,
                      page.scales,
-                     page.entries,
-                     smem.places};
+                     page.entries};
   const int64_t entries = kind == LayerKind::kWindow ? 0
                           : kind == LayerKind::kCsa  ? selection.counts[row]
                                                      : (position + 1) / 128;
@@ -172,64 +162,62 @@ __global__ void __launch_bounds__(kThreads)
   const int masked = position < kWindow - 1 ? static_cast<int>(kWindow - 1 - position) : 0;  // before the sequence
   const float scale = 1.0f / sqrtf(static_cast<float>(kHeadDim));
 
-  const int dim = static_cast<int>(threadIdx.x) * 2;  // of the sums this thread keeps across segments
-  float running_max[kHeads], running_sum[kHeads], o[kHeads][2];
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    running_max[h] = -INFINITY;
-    running_sum[h] = o[h][0] = o[h][1] = 0;
+  // Queries pass through the tile's memory once, heads that do not exist as zeros.
+  for (int i = threadIdx.x; i < kHeads * (kHeadDim / 8); i += kThreads) {
+    const int h = i / (kHeadDim / 8), at = i % (kHeadDim / 8) * 8;
+    *reinterpret_cast<uint4*>(&smem.keys[h][at]) =
+        h < num_heads ? *reinterpret_cast<const uint4*>(q + (row * heads + first_head + h) * kHeadDim + at)
+                      : uint4{0, 0, 0, 0};
   }
+  __syncthreads();
+  uint32_t query[kKSteps][4];
+#pragma unroll
+  for (int k = 0; k < kKSteps; ++k) LoadMatrices(query[k], &smem.keys[lane % 16][k * 16 + lane / 16 * 8]);
+  __syncthreads();
 
+  float running_max[2] = {-INFINITY, -INFINITY}, running_sum[2] = {0, 0};
+  float o[kDimsPerWarp / 8][4] = {};
   for (int64_t begin = 0; begin < places; begin += kSegment) {
     const int n = static_cast<int>(min(static_cast<int64_t>(kSegment), places - begin));
-    const int first = begin == 0 ? masked : 0;
-    const int window_end = begin == 0 ? kWindow : 0;  // places of this segment that are the window's
-    for (int j = window_end + static_cast<int>(threadIdx.x); j < n; j += kThreads) {
+    const int first = begin == 0 ? masked : 0, tiles = (n + kTile - 1) / kTile;
+    for (int j = (begin == 0 ? kWindow : 0) + static_cast<int>(threadIdx.x); j < n; j += kThreads) {
       const int64_t i = begin + j - kWindow;
       const int64_t entry = kind == LayerKind::kCsa ? selection.entries[row * selection.topk + i] : i;
       smem.places[j] = static_cast<uint32_t>(sequence.block_table[entry / page.entries]) * page.entries +
                        static_cast<uint32_t>(entry % page.entries);
     }
-    LaneEntry query[kHeads];
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) LoadBf16Row(q + (row * heads + first_head + h) * kHeadDim, lane, query[h]);
     __syncthreads();
 
-    constexpr int kInFlight = 4;
-    for (int j0 = first + warp * kInFlight; j0 < n; j0 += kWarps * kInFlight) {
-      RawKey raw[kInFlight];
+    for (int tile = 0; tile < tiles; ++tile) {
+      LoadTile(list, smem, begin, tile, first, n);
+      __syncthreads();
+      // Four chains of products, so that one does not wait for the other; added in order.
+      float c[4][4] = {};
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int j = min(j0 + i, n - 1);
-        raw[i] = LoadRawKey(list, j < window_end, begin + j, j, lane);
+      for (int k = 0; k < kKSteps; k += 2) {
+        uint32_t key[4];  // two steps of k
+        LoadMatrices(key, &smem.keys[warp * kKeysPerWarp + lane % 8][k * 16 + lane / 8 * 8]);
+        MultiplyAdd(c[k % 4], query[k], key[0], key[1]);
+        MultiplyAdd(c[k % 4 + 1], query[k + 1], key[2], key[3]);
       }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        LaneEntry key;
-        WidenRawKey(raw[i], key);
-        float dot[kHeads];
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-          dot[h] = 0;
-#pragma unroll
-          for (int d = 0; d < kLaneDims; ++d) dot[h] = fmaf(query[h].v[d], key.v[d], dot[h]);
-        }
-        const float total = ReduceHeads<kHeads>(dot, lane);
-        if (j0 + i < n && lane % (32 / kHeads) == 0) smem.logits[j0 + i][lane / (32 / kHeads)] = scale * total;
+      for (int i = 0; i < 4; ++i) {
+        const int h = lane / 4 + i / 2 * 8, j = tile * kTile + warp * kKeysPerWarp + lane % 4 * 2 + i % 2;
+        smem.logits[h][j] = scale * ((c[0][i] + c[1][i]) + (c[2][i] + c[3][i]));
       }
+      __syncthreads();  // the tile is written again
     }
-    __syncthreads();
-    // One warp a head: maximum, probabilities (rounded in place) and their unrounded sum.
-    if (warp < kHeads) {
-      const int h = warp;
+
+    // Two heads a warp: maximum, probabilities and their unrounded sum. Places outside [first, n) weigh nothing.
+    for (int h = warp * 2; h < warp * 2 + 2; ++h) {
       float m = -INFINITY;
-      for (int j = first + lane; j < n; j += 32) m = fmaxf(m, smem.logits[j][h]);
+      for (int j = first + lane; j < n; j += 32) m = fmaxf(m, smem.logits[h][j]);
       m = WarpMax(m);
       float s = 0;
-      for (int j = first + lane; j < n; j += 32) {
-        const float p = ExpOrZero(smem.logits[j][h] - m);
+      for (int j = lane; j < tiles * kTile; j += 32) {
+        const float p = j >= first && j < n ? ExpOrZero(smem.logits[h][j] - m) : 0.0f;
         s += p;
-        smem.logits[j][h] = RoundToBf16(p);
+        smem.probabilities[h][j] = ToBf16(p);
       }
       s = WarpSum(s);
       if (lane == 0) {
@@ -239,71 +227,58 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
 
-    // A place belongs to a quarter by its index in the list, so that a mask shifts nothing.
-    const int quarter = static_cast<int>(threadIdx.x) / kQuarterThreads;
-    const int quarter_dim = static_cast<int>(threadIdx.x) % kQuarterThreads * kThreadDims;
-    float segment[kHeads][kThreadDims] = {};
-    constexpr int kValuesInFlight = 8;
-    for (int j0 = quarter; j0 < n; j0 += kQuarters * kValuesInFlight) {
-      RawValues raw[kValuesInFlight];
+    float segment[kDimsPerWarp / 8][4] = {};
+    for (int tile = 0; tile < tiles; ++tile) {
+      LoadTile(list, smem, begin, tile, first, n);
+      __syncthreads();
 #pragma unroll
-      for (int i = 0; i < kValuesInFlight; ++i) {
-        const int j = max(min(j0 + i * kQuarters, n - 1), first);
-        raw[i] = LoadRawValues(list, j < window_end, begin + j, j, quarter_dim);
-      }
+      for (int k = 0; k < kTile; k += 16) {
+        uint32_t p[4];
+        LoadMatrices(p, &smem.probabilities[lane % 16][tile * kTile + k + lane / 16 * 8]);
 #pragma unroll
-      for (int i = 0; i < kValuesInFlight; ++i) {
-        const int j = j0 + i * kQuarters;
-        if (j < first || j >= n) continue;
-        float v[kThreadDims];
-        WidenRawValues(raw[i], v);
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-          const float p = smem.logits[j][h];
-#pragma unroll
-          for (int d = 0; d < kThreadDims; ++d) segment[h][d] = fmaf(p, v[d], segment[h][d]);
+        for (int d = 0; d < kDimsPerWarp; d += 16) {
+          uint32_t value[4];  // sixteen keys of two columns of eight dims
+          LoadMatricesTransposed(value, &smem.keys[k + lane % 16][warp * kDimsPerWarp + d + lane / 16 * 8]);
+          MultiplyAdd(segment[d / 8], p, value[0], value[1]);
+          MultiplyAdd(segment[d / 8 + 1], p, value[2], value[3]);
         }
       }
+      __syncthreads();
     }
-    __syncthreads();  // probabilities have been used: their memory takes the quarters
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      float4* to = reinterpret_cast<float4*>(&smem.quarters[quarter][h][quarter_dim]);
-      to[0] = {segment[h][0], segment[h][1], segment[h][2], segment[h][3]};
-      to[1] = {segment[h][4], segment[h][5], segment[h][6], segment[h][7]};
-    }
-    __syncthreads();
+    for (int half = 0; half < 2; ++half) {
+      const int h = lane / 4 + half * 8;
+      const float new_max = fmaxf(running_max[half], smem.max[h]);
+      const float a = expf(running_max[half] - new_max), b = expf(smem.max[h] - new_max);
+      running_max[half] = new_max;
+      running_sum[half] = running_sum[half] * a + smem.sum[h] * b;
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      const float new_max = fmaxf(running_max[h], smem.max[h]);
-      const float a = expf(running_max[h] - new_max), b = expf(smem.max[h] - new_max);
-      running_max[h] = new_max;
-      running_sum[h] = running_sum[h] * a + smem.sum[h] * b;
-#pragma unroll
-      for (int d = 0; d < 2; ++d) {
-        float total = smem.quarters[0][h][dim + d];
-#pragma unroll
-        for (int k = 1; k < kQuarters; ++k) total += smem.quarters[k][h][dim + d];
-        o[h][d] = o[h][d] * a + total * b;
+      for (int d = 0; d < kDimsPerWarp / 8; ++d) {
+        o[d][half * 2] = o[d][half * 2] * a + segment[d][half * 2] * b;
+        o[d][half * 2 + 1] = o[d][half * 2 + 1] * a + segment[d][half * 2 + 1] * b;
       }
     }
-    __syncthreads();  // logits and places are written again
+    __syncthreads();  // places, logits and maxima are written again
   }
 
 #pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    const float z = running_sum[h] + expf(sink[first_head + h] - running_max[h]);
-    float a = RoundToBf16(o[h][0] / z), b = RoundToBf16(o[h][1] / z);
-    if (dim >= kPlainDim) {
-      const int64_t pair = row * 32 + (dim - kPlainDim) / 2;
-      RotatePair(a, b, rope.cos[pair], -rope.sin[pair]);
+  for (int half = 0; half < 2; ++half) {
+    const int h = lane / 4 + half * 8;
+    if (h >= num_heads) continue;
+    const float z = running_sum[half] + expf(sink[first_head + h] - running_max[half]);
+#pragma unroll
+    for (int d = 0; d < kDimsPerWarp / 8; ++d) {
+      const int dim = warp * kDimsPerWarp + d * 8 + lane % 4 * 2;
+      float a = RoundToBf16(o[d][half * 2] / z), b = RoundToBf16(o[d][half * 2 + 1] / z);
+      if (dim >= kPlainDim) {
+        const int64_t pair = row * 32 + (dim - kPlainDim) / 2;
+        RotatePair(a, b, rope.cos[pair], -rope.sin[pair]);
+      }
+      *reinterpret_cast<__nv_bfloat162*>(out + (row * heads + first_head + h) * kHeadDim + dim) = {ToBf16(a),
+                                                                                                   ToBf16(b)};
     }
-    *reinterpret_cast<__nv_bfloat162*>(out + (row * heads + first_head + h) * kHeadDim + dim) = {ToBf16(a), ToBf16(b)};
   }
 }
-
-// Heads that share a block: four read keys less often, two fill the card with few rows.
-int ChooseHeads(int64_t rows, int heads) { return rows * heads / 4 >= 132 ? 4 : 2; }
 
 }  // namespace
 
@@ -311,17 +286,13 @@ void SparseAttention(LayerKind kind, const PassView& pass, const PageLayerLayout
                      const float* sink, const Bf16* keys, SelectionView selection, RopeView rope, Bf16* out,
                      cudaStream_t stream) {
   if (pass.num_rows == 0) return;
-  CHECK(heads % 4 == 0, "an engine checks this when it is made");
-  const auto launch = [&](auto kernel, int group) {
-    const dim3 grid(static_cast<unsigned>(pass.num_rows), static_cast<unsigned>(heads / group));
-    kernel<<<grid, kThreads, 0, stream>>>(kind, pass, page, q, heads, sink, keys, selection, rope, out);
-    CUDA_CHECK(cudaGetLastError());
-  };
-  if (ChooseHeads(pass.num_rows, heads) == 4) {
-    launch(AttentionKernel<4>, 4);
-  } else {
-    launch(AttentionKernel<2>, 2);
-  }
+  static const cudaError_t allowed =
+      cudaFuncSetAttribute(AttentionKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Smem));
+  CUDA_CHECK(allowed);
+  const dim3 grid(static_cast<unsigned>(pass.num_rows), static_cast<unsigned>((heads + kHeads - 1) / kHeads));
+  AttentionKernel<<<grid, kThreads, sizeof(Smem), stream>>>(kind, pass, page, q, heads, sink, keys, selection, rope,
+                                                            out);
+  CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace millrace::cuda
