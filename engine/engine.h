@@ -2,8 +2,8 @@
 // THE boundary of the engine: what services may ask a loaded DeepSeek-V4 model to do.
 //
 // An Engine owns one model on one device: weights, the paged cache, state slots. A sequence is a reservation of pages
-// and one slot; Forward() moves any mix of prefill chunks and decode steps through the model in one pass, and the bits a
-// row produces depend on that row's sequence only, never on what shares the pass, how a prompt was chunked or where
+// and one slot; Forward() moves any mix of prefill chunks and decode steps through the model in one pass, and the bits
+// a row produces depend on that row's sequence only, never on what shares the pass, how a prompt was chunked or where
 // experts ran. A hand-off is a list of extents (views of cache memory) that somebody else carries. The engine knows no
 // network: remote experts come in through ExpertExchange.
 //
@@ -43,7 +43,7 @@ struct EngineOptions {
   int64_t max_context_tokens = 0;  // longest sequence; 0 means the model's max_position_embeddings
   int max_batch_tokens = 512;      // most rows of one Forward; longer prompts are the caller's to cut
   int num_threads = 1;
-  bool mtp = false;                // keep the MTP window and compute MTP logits on request
+  bool mtp = false;                  // keep the MTP window and compute MTP logits on request
   std::optional<Rounding> rounding;  // tests only: single rounding points off; Rounding::For(numerics) otherwise
   // Where routed experts run. Null: all experts are loaded and run here. Not owned; must outlive the engine.
   ExpertExchange* exchange = nullptr;
@@ -100,8 +100,8 @@ struct CacheExtent {
   int64_t index = 0;
   uint8_t* data = nullptr;  // device memory when the engine is on CUDA
   int64_t bytes = 0;
-  int64_t page = -1;      // page of the sequence, or -1 for the state slot
-  int layer_begin = 0;    // layers whose entries this piece holds
+  int64_t page = -1;    // page of the sequence, or -1 for the state slot
+  int layer_begin = 0;  // layers whose entries this piece holds
   int layer_end = 0;
 };
 

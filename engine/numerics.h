@@ -6,7 +6,6 @@
 // Tests switch single points off to prove that the suite notices.
 #pragma once
 
-
 namespace millrace {
 
 enum class Numerics { kExact, kRelease };
@@ -27,9 +26,7 @@ struct Rounding {
   bool expert_act = false;        // SwiGLU output (times routing weight) to BF16
   bool streams = false;           // mHC mix and residual streams to BF16
 
-  static constexpr Rounding All() {
-    return {true, true, true, true, true, true, true, true, true, true, true, true};
-  }
+  static constexpr Rounding All() { return {true, true, true, true, true, true, true, true, true, true, true, true}; }
   static constexpr Rounding For(Numerics n) { return n == Numerics::kRelease ? All() : Rounding{}; }
   bool operator==(const Rounding&) const = default;
 };

@@ -21,19 +21,19 @@ namespace millrace::internal {
 }  // namespace millrace::internal
 
 // CHECK(condition) or CHECK(condition, absl::StrCat("values ", that, " matter")).
-#define CHECK(condition, ...)                                                                               \
-  do {                                                                                                      \
-    if (!(condition)) [[unlikely]]                                                                          \
-      ::millrace::internal::CheckFailed(__FILE__, __LINE__, #condition, std::string(__VA_ARGS__));          \
+#define CHECK(condition, ...)                                                                      \
+  do {                                                                                             \
+    if (!(condition)) [[unlikely]]                                                                 \
+      ::millrace::internal::CheckFailed(__FILE__, __LINE__, #condition, std::string(__VA_ARGS__)); \
   } while (false)
 
 #define MILLRACE_CONCAT_INNER(a, b) a##b
 #define MILLRACE_CONCAT(a, b) MILLRACE_CONCAT_INNER(a, b)
 
-#define RETURN_IF_ERROR(expression)                                   \
-  do {                                                                \
+#define RETURN_IF_ERROR(expression)                                      \
+  do {                                                                   \
     if (absl::Status status_ = (expression); !status_.ok()) [[unlikely]] \
-      return status_;                                                 \
+      return status_;                                                    \
   } while (false)
 
 #define ASSIGN_OR_RETURN(declaration, expression) \

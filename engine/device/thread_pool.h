@@ -32,7 +32,8 @@ class ThreadPool {
       return;
     }
     using Plain = std::remove_reference_t<Body>;
-    Run(n, [](void* context, int64_t i) { (*static_cast<Plain*>(context))(i); }, &body);
+    Run(
+        n, [](void* context, int64_t i) { (*static_cast<Plain*>(context))(i); }, &body);
   }
 
  private:

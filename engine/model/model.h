@@ -2,8 +2,8 @@
 // DeepSeek-V4's forward pass as prose: the layer loop over Ops, and nothing else.
 //
 // A Model owns the weights and the activations of one pass. It knows the order of operations and which cache offsets a
-// layer has; it knows no pages being free or owned (engine/cache), no arithmetic (engine/ops) and no place where experts
-// run (engine/moe). Read beside docs/model.md. Thread: engine thread.
+// layer has; it knows no pages being free or owned (engine/cache), no arithmetic (engine/ops) and no place where
+// experts run (engine/moe). Read beside docs/model.md. Thread: engine thread.
 #pragma once
 
 #include <memory>

@@ -27,13 +27,13 @@ struct LayerWeights {
   PackedLinear wq_a, wq_b, wkv, wo_b;
   std::vector<PackedLinear> wo_a;  // per group [R, H * 512 / G]
   std::vector<float> q_norm, kv_norm, attn_sink;
-  CompressorWeights compressor;        // CSA and HCA layers
+  CompressorWeights compressor;                 // CSA and HCA layers
   PackedLinear index_wq_b, index_weights_proj;  // CSA layers
   CompressorWeights index_compressor;
   // MoE.
   PackedLinear gate;
-  std::vector<float> gate_bias;   // scored layers
-  std::vector<int32_t> tid2eid;   // hash-routed layers [V, top_k]
+  std::vector<float> gate_bias;  // scored layers
+  std::vector<int32_t> tid2eid;  // hash-routed layers [V, top_k]
   PackedLinear shared_w1, shared_w2, shared_w3;
 
   int64_t bytes() const;

@@ -2,9 +2,9 @@
 // Dispatch and Combine: all that the model knows about where experts run.
 //
 // The rows of one MoE layer go out with the experts they chose; one row per (token, expert) comes back. Partial sums
-// never travel, and the model adds the rows in ascending expert id, so the bits do not depend on placement, arrival order
-// or retries. Implementations: LocalExperts (this process), services/expert/remote_experts (the pool, over a transport).
-// Thread: engine thread; an implementation may use others inside.
+// never travel, and the model adds the rows in ascending expert id, so the bits do not depend on placement, arrival
+// order or retries. Implementations: LocalExperts (this process), services/expert/remote_experts (the pool, over a
+// transport). Thread: engine thread; an implementation may use others inside.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,8 @@ class ExpertExchange {
   // Starts the batch. Pointers stay valid until Combine returns. At most one batch is open at a time.
   virtual absl::Status Dispatch(const ExpertBatch& batch) = 0;
   // Waits (bounded) and fills expert_rows [num_tokens, top_k, hidden], in the order of batch.experts; values are
-  // BF16-representable in `release`. On error the batch is over and nothing of it may be used: a missing expert is never
-  // skipped.
+  // BF16-representable in `release`. On error the batch is over and nothing of it may be used: a missing expert is
+  // never skipped.
   virtual absl::Status Combine(float* expert_rows) = 0;
 };
 

@@ -18,7 +18,9 @@ struct LocalExperts::Impl {
   };
 
   Impl(const ModelConfig& model, const LocalExpertsOptions& options)
-      : config(model), pool(options.num_threads), ops(config, layout, options.rounding.value_or(Rounding::For(options.numerics)), pool) {}
+      : config(model),
+        pool(options.num_threads),
+        ops(config, layout, options.rounding.value_or(Rounding::For(options.numerics)), pool) {}
 
   const ModelConfig config;
   CacheLayout layout;  // unused by the operations called here
@@ -111,7 +113,8 @@ absl::Status LocalExperts::Combine(float* expert_rows) {
       m.weights[i] = b.weights[mine[i]];
     }
     RETURN_IF_ERROR(Compute(b.layer, e, m.rows.data(), m.weights.data(), n, m.out.data()));
-    for (int64_t i = 0; i < n; ++i) std::copy_n(m.out.data() + i * b.hidden, b.hidden, expert_rows + mine[i] * b.hidden);
+    for (int64_t i = 0; i < n; ++i)
+      std::copy_n(m.out.data() + i * b.hidden, b.hidden, expert_rows + mine[i] * b.hidden);
   }
   return absl::OkStatus();
 }

@@ -30,7 +30,8 @@ struct LocalExpertsOptions {
 
 class LocalExperts : public ExpertExchange {
  public:
-  static absl::StatusOr<std::unique_ptr<LocalExperts>> Create(const Checkpoint& checkpoint, LocalExpertsOptions options);
+  static absl::StatusOr<std::unique_ptr<LocalExperts>> Create(const Checkpoint& checkpoint,
+                                                              LocalExpertsOptions options);
   ~LocalExperts() override;
 
   absl::Status Dispatch(const ExpertBatch& batch) override;

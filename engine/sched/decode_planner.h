@@ -16,10 +16,10 @@ namespace millrace::sched {
 
 struct DecodeCandidate {
   uint64_t id = 0;
-  int64_t deadline_us = 0;   // of the request
-  int64_t lease_us = 0;      // the lease ends then unless renewed
-  bool runnable = false;     // committed, attached, reader keeps up
-  uint64_t last_step = 0;    // number of the step it was last part of; 0 for none
+  int64_t deadline_us = 0;  // of the request
+  int64_t lease_us = 0;     // the lease ends then unless renewed
+  bool runnable = false;    // committed, attached, reader keeps up
+  uint64_t last_step = 0;   // number of the step it was last part of; 0 for none
 };
 
 struct DecodePlan {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which prompt tokens the next prefill pass computes.
 //
-// A pass has room for `max_batch_tokens` rows. Prompts are cut into chunks freely, because the bits do not depend on the
-// cut. The oldest prompt is promised half of the room; the other half goes to the prompts with the least left, so that a
-// short question does not wait for a long document, and the document cannot be starved by short ones.
+// A pass has room for `max_batch_tokens` rows. Prompts are cut into chunks freely, because the bits do not depend on
+// the cut. The oldest prompt is promised half of the room; the other half goes to the prompts with the least left, so
+// that a short question does not wait for a long document, and the document cannot be starved by short ones.
 //
 // Pure: the same state and time give the same plan. Thread: any.
 #pragma once
@@ -16,11 +16,11 @@
 namespace millrace::sched {
 
 struct PrefillCandidate {
-  uint64_t id = 0;             // the caller's; also the order of arrival, ascending
-  int64_t tokens_left = 0;     // of the prompt, >= 1
-  int64_t deadline_us = 0;     // on the clock of `now_us`
-  bool admitted = false;       // has its pages already
-  int64_t pages_needed = 0;    // if not admitted
+  uint64_t id = 0;           // the caller's; also the order of arrival, ascending
+  int64_t tokens_left = 0;   // of the prompt, >= 1
+  int64_t deadline_us = 0;   // on the clock of `now_us`
+  bool admitted = false;     // has its pages already
+  int64_t pages_needed = 0;  // if not admitted
 };
 
 struct PrefillLimits {

@@ -58,8 +58,8 @@ void PrintHelp(std::FILE* out) {
 
 int Main(int argc, char** argv) {
   prctl(PR_SET_NAME, "millrace");  // a child of `up` is started as /proc/self/exe and would be listed as "exe"
-  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe or socket is an error return, not the end of the process
-  InstallMappedFileGuard();       // a model file that is cut short while mapped is a sentence, not a bare signal
+  std::signal(SIGPIPE, SIG_IGN);   // a closed pipe or socket is an error return, not the end of the process
+  InstallMappedFileGuard();        // a model file that is cut short while mapped is a sentence, not a bare signal
   const std::vector<absl::string_view> arguments(argv + 1, argv + argc);
   if (arguments.empty()) {
     PrintHelp(stderr);

@@ -2,8 +2,8 @@
 // `millrace version`: what was built, from what, and what it can do.
 #include <cstdio>
 
-#include "nlohmann/json.hpp"
 #include "engine/ops/vector_cpu.h"
+#include "nlohmann/json.hpp"
 #include "services/cli/command.h"
 
 #ifndef MILLRACE_VERSION
@@ -24,13 +24,15 @@ int RunVersion(Arguments arguments) {
   int exit_code = kExitOk;
   if (!ParseOrExplain(flags, "version", arguments, &exit_code)) return exit_code;
   if (json) {
-    const nlohmann::ordered_json object = {
-        {"version", MILLRACE_VERSION}, {"compiler", __VERSION__}, {"transports", MILLRACE_TRANSPORTS}, {"kernels", vec::KernelSet()}};
+    const nlohmann::ordered_json object = {{"version", MILLRACE_VERSION},
+                                           {"compiler", __VERSION__},
+                                           {"transports", MILLRACE_TRANSPORTS},
+                                           {"kernels", vec::KernelSet()}};
     std::printf("%s\n", object.dump().c_str());
     return kExitOk;
   }
-  std::printf("%s\ncompiler: %s\ntransports: %s\nkernels: %s\n", VersionLine().c_str(), __VERSION__, MILLRACE_TRANSPORTS,
-              vec::KernelSet().c_str());
+  std::printf("%s\ncompiler: %s\ntransports: %s\nkernels: %s\n", VersionLine().c_str(), __VERSION__,
+              MILLRACE_TRANSPORTS, vec::KernelSet().c_str());
   return kExitOk;
 }
 

@@ -26,7 +26,8 @@ inline constexpr int kExitStartupStuck = 69;
 class StartupWatch {
  public:
   // `expired` hears once, on the watch's thread, that nothing has moved for `limit`. The default logs the sentence and
-  // ends the process with kExitStartupStuck: the thread that is stuck cannot be asked to stop. A limit of zero: no watch.
+  // ends the process with kExitStartupStuck: the thread that is stuck cannot be asked to stop. A limit of zero: no
+  // watch.
   StartupWatch(std::string who, absl::Duration limit, std::function<void(const std::string& why)> expired = nullptr);
   ~StartupWatch();  // Done
 

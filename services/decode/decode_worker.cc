@@ -31,8 +31,8 @@ absl::Status DecodeWorker::Load() {
   host.local_experts = section.local_experts();
   host.section = absl::StrCat("decode[", core_.config().position, "]");
   ASSIGN_OR_RETURN(host_, expert::EngineHost::Create(core_, host));
-  receiver_ = std::make_unique<kvtransfer::Receiver>(
-      core_.transport(), kvtransfer::ReceiverOptions{.memory = CacheMemoryFunctions()});
+  receiver_ = std::make_unique<kvtransfer::Receiver>(core_.transport(),
+                                                     kvtransfer::ReceiverOptions{.memory = CacheMemoryFunctions()});
 
   DecodeLoopOptions options;
   options.max_batch = static_cast<int>(section.max_batch());

@@ -4,8 +4,8 @@
 // A token's logits may depend on its sequence's tokens and on nothing else: not on how a prompt was cut, what shares
 // the pass, where the state was carried, which process ran an expert, or how many threads did. Every comparison here is
 // of bits; the reference is always one pass over the whole sequence. Three subjects: the demo model in both numerics,
-// and the tiny model, whose indexer selects 16 entries and therefore bites from token 68 on. The demo model on CUDA is a
-// fourth, under names that begin with Cuda, where there is a card (label gpu).
+// and the tiny model, whose indexer selects 16 entries and therefore bites from token 68 on. The demo model on CUDA is
+// a fourth, under names that begin with Cuda, where there is a card (label gpu).
 //
 // MILLRACE_LONG_TESTS=1 tries more cuts, batches and lengths (minutes instead of seconds per test).
 
@@ -591,8 +591,8 @@ TEST(CudaStateTransfer, BetweenBackendsContinuesWithTheSameAnswer) {
   }
 }
 
-// A decode step on CUDA is a replayed graph over a padded batch, and its tokens are drawn on the device. The reference is
-// the same sequence alone, its logits brought back and sampled here.
+// A decode step on CUDA is a replayed graph over a padded batch, and its tokens are drawn on the device. The reference
+// is the same sequence alone, its logits brought back and sampled here.
 TEST(CudaSteps, ReplayedAndPaddedStepsDrawTheTokensOfLaunchesAlone) {
   if (!CudaMissing().empty()) GTEST_SKIP() << CudaMissing();
   const Subject subject{"", kDemoModel, Numerics::kRelease, DeviceKind::kCuda};

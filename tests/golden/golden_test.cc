@@ -194,9 +194,9 @@ struct Bounds {
   double least_selection_overlap = 0.93;
 };
 constexpr Bounds kCpuBounds;
-// Tensor cores sum FP8 products with fewer bits, which shifts roundings from layer 0 on: values equal to the bit are not
-// asked for, and streams get room. With plain products 0.00 %, 0.18 %, 1.5 %, 0.00026 were seen, and 116 of 128 entries
-// in the row with least room.
+// Tensor cores sum FP8 products with fewer bits, which shifts roundings from layer 0 on: values equal to the bit are
+// not asked for, and streams get room. With plain products 0.00 %, 0.18 %, 1.5 %, 0.00026 were seen, and 116 of 128
+// entries in the row with least room.
 constexpr Bounds kCudaBounds = {0.003, 0.01, 0.035, 0, 0, 0.0008, 0.88};
 constexpr double kMeanSelectionOverlap = 0.96;
 constexpr double kEqualExpertRows = 0.97;

@@ -83,8 +83,9 @@ std::unique_ptr<Engine> MakeEngine(const std::string& model_dir, EngineOptions o
 
 const std::string& CudaMissing() {
   static const std::string& why = *new std::string([] {
-    const absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(
-        OpenModel(kDemoModel), {.device = DeviceKind::kCuda, .cache_pages = 1, .max_sequences = 1, .max_batch_tokens = 1});
+    const absl::StatusOr<std::unique_ptr<Engine>> engine =
+        Engine::Create(OpenModel(kDemoModel),
+                       {.device = DeviceKind::kCuda, .cache_pages = 1, .max_sequences = 1, .max_batch_tokens = 1});
     return engine.ok() ? std::string() : std::string(engine.status().message());
   }());
   return why;
