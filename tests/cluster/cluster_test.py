@@ -494,19 +494,24 @@ class Up(unittest.TestCase):
 
     def test_interrupt_drains_and_a_killed_child_is_started_again(self):
         cluster = Cluster(experts=1)
-        up = subprocess.Popen(self.config(cluster), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE)
+        told = os.path.join(cluster.directory, "up.log")
+
+        def text():
+            with open(told) as log:
+                return log.read()
+        with open(told, "w") as log:
+            up = subprocess.Popen(self.config(cluster), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
         try:
-            wait_until(cluster.ready, "ready")
+            # Its own word: until it has seen them all ready, an interrupt ends it as one that never was.
+            wait_until(lambda: "Ready in" in text(), "ready")
             first = {worker["name"]: worker["incarnation"] for worker in cluster.status()["workers"]}
             os.kill(child_of(up.pid, "decode-0"), signal.SIGKILL)
             wait_until(lambda: cluster.ready() and any(
                 worker["name"] == "decode-0" and worker["incarnation"] != first["decode-0"]
                 for worker in cluster.status()["workers"]), "decode-0 started again")
             up.send_signal(signal.SIGINT)
-            _, text = up.communicate(timeout=PATIENCE)
-            self.assertEqual(up.returncode, 0, text.decode())
-            self.assertIn("decode-0 ended (killed by SIGKILL)", text.decode())
+            self.assertEqual(up.wait(PATIENCE), 0, text())
+            self.assertIn("decode-0 ended (killed by SIGKILL)", text())
         finally:
             up.kill()
 
