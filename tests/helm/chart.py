@@ -17,6 +17,7 @@ CHART = os.path.join(ROOT, "helm/millrace")
 TOOLS = os.path.join(ROOT, ".cache/kubernetes")
 HELM = os.path.join(TOOLS, "bin/helm")
 RELEASE, NAMESPACE = "millrace", "serving"
+RENDERED = {}
 ROLES = ("router", "prefill", "decode", "expert")
 
 
@@ -37,12 +38,19 @@ def helm(*arguments, check=True, timeout=300):
     return done
 
 
-def template(values=None, files=(), check=True, chart=CHART):
-    """`helm template` over `files` and then `values`, a dict."""
+def template(values=None, files=(), check=True):
+    """`helm template` over `files` and then `values`, a dict. The chart does not change while a test runs."""
+    key = (json.dumps(values), tuple(files), check)
+    if key not in RENDERED:
+        RENDERED[key] = render(values, files, check)
+    return RENDERED[key]
+
+
+def render(values, files, check):
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as overlay:
         yaml.safe_dump(values or {}, overlay)
         overlay.flush()
-        arguments = ["template", RELEASE, chart, "--namespace", NAMESPACE]
+        arguments = ["template", RELEASE, CHART, "--namespace", NAMESPACE]
         for path in [*files, overlay.name]:
             arguments += ["--values", path]
         return helm(*arguments, check=check)
