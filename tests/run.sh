@@ -6,6 +6,8 @@
 #   tests/run.sh --slow      also the tests labelled `slow`
 #   tests/run.sh --asan      the unit tests under AddressSanitizer and UBSan (preset asan)
 #   tests/run.sh --tsan      the unit tests under ThreadSanitizer (preset tsan)
+#   tests/run.sh --fuzz [S]  every fuzz target for S seconds (60) with libFuzzer (tests/fuzz/README.md)
+#   tests/run.sh --soak [M]  a cluster under load, deaths and drains for M minutes (10); nothing may be left over
 #   tests/run.sh --lint      clang-format and shellcheck over the tree, clang-tidy over what differs from HEAD~1
 #   tests/run.sh -R REGEX    only the tests whose names match
 #
@@ -16,13 +18,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 JOBS="${JOBS:-$(nproc)}"
 
 main() {
-  local preset=release labels=(-LE slow) filter=() mode=test
+  local preset=release labels=(-LE slow) filter=() mode=test seconds=60 minutes=10
   while (($#)); do
     case "$1" in
       --slow) labels=() ;;
       --asan) preset=asan; labels=(-L unit) ;;
       --tsan) preset=tsan; labels=(-L unit) ;;
       --lint) mode=lint ;;
+      --soak) mode=soak; if [[ "${2:-}" =~ ^[0-9]+$ ]]; then minutes="$2"; shift; fi ;;
+      --fuzz) mode=fuzz; if [[ "${2:-}" =~ ^[0-9]+$ ]]; then seconds="$2"; shift; fi ;;
       -R) [[ $# -ge 2 ]] || usage; filter=(-R "$2"); shift ;;
       *) usage ;;
     esac
@@ -33,15 +37,24 @@ main() {
     lint
     return
   fi
+  if [[ $mode == fuzz ]]; then
+    deploy/setup.sh --fuzz || exit 2
+    build fuzz
+    tests/fuzz/run.sh "$seconds"
+    return
+  fi
   deploy/setup.sh || exit 2
   # Other people's clients: without them the rest is worth running, and their suites say that they were skipped.
   [[ $preset != release ]] || deploy/setup.sh --clients || true
   build "$preset"
+  if [[ $mode == soak ]]; then
+    exec /usr/bin/python3 -B tests/cluster/soak.py "$minutes"
+  fi
   run_tests "$preset" "${labels[@]}" "${filter[@]}"
 }
 
 usage() {
-  sed -n '5,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '5,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 }
 
