@@ -9,6 +9,7 @@
 #   deploy/setup.sh          build and test packages
 #   deploy/setup.sh --clients  the above, and what the client tests fetch their clients with: nodejs, npm, golang-go,
 #                            python3-venv; a node, npm or go that is on the path already is not installed again
+#   deploy/setup.sh --fuzz   the above build packages and clang-16 with its sanitizers
 #   deploy/setup.sh --lint   the above, clang-format-16, clang-tidy-16 and shellcheck
 #   deploy/setup.sh --cuda   the above build packages and the CUDA toolchain (about 420 MB on disk)
 set -euo pipefail
@@ -22,6 +23,7 @@ TEST_PACKAGES=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-yaml n
 # By the command that each brings: nodejs of another origin comes with its own npm, which Debian's package conflicts with.
 declare -A CLIENT_COMMANDS=([node]=nodejs [npm]=npm [go]=golang-go)
 LINT_PACKAGES=(clang-format-16 clang-tidy-16 shellcheck)
+FUZZ_PACKAGES=(clang-16 libclang-rt-16-dev)
 CUDA_PACKAGES=(python3 python3-pip)
 
 # The set that is known to work together: nvcc needs the crt and nvvm of its own release.
@@ -33,9 +35,10 @@ main() {
   for argument in "$@"; do
     case "$argument" in
       --clients) packages+=(python3-venv); add_clients ;;
+      --fuzz) packages+=("${FUZZ_PACKAGES[@]}") ;;
       --lint) packages+=("${LINT_PACKAGES[@]}") ;;
       --cuda) with_cuda=1; packages+=("${CUDA_PACKAGES[@]}") ;;
-      -h | --help) sed -n '3,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+      -h | --help) sed -n '3,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
       *) fail "unknown option $argument; try --help" ;;
     esac
   done

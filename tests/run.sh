@@ -8,6 +8,8 @@
 #   tests/run.sh --kubernetes  also the chart in a real control plane, which is built first (5 minutes on two cores)
 #   tests/run.sh --asan      the unit tests under AddressSanitizer and UBSan (preset asan)
 #   tests/run.sh --tsan      the unit tests under ThreadSanitizer (preset tsan)
+#   tests/run.sh --fuzz [S]  every fuzz target for S seconds (60) with libFuzzer (tests/fuzz/README.md)
+#   tests/run.sh --soak [M]  a cluster under load, deaths and drains for M minutes (10); nothing may be left over
 #   tests/run.sh --lint      clang-format and shellcheck over the tree, clang-tidy over what differs from HEAD~1
 #   tests/run.sh -R REGEX    only the tests whose names match
 #
@@ -18,7 +20,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 JOBS="${JOBS:-$(nproc)}"
 
 main() {
-  local preset=release labels=() filter=() mode=test slow=slow kubernetes=kubernetes tools=chart
+  local preset=release labels=() filter=() mode=test slow=slow kubernetes=kubernetes tools=chart seconds=60 minutes=10
   while (($#)); do
     case "$1" in
       --slow) slow="" ;;
@@ -26,6 +28,8 @@ main() {
       --asan) preset=asan; labels=(-L unit) ;;
       --tsan) preset=tsan; labels=(-L unit) ;;
       --lint) mode=lint ;;
+      --soak) mode=soak; if [[ "${2:-}" =~ ^[0-9]+$ ]]; then minutes="$2"; shift; fi ;;
+      --fuzz) mode=fuzz; if [[ "${2:-}" =~ ^[0-9]+$ ]]; then seconds="$2"; shift; fi ;;
       -R) [[ $# -ge 2 ]] || usage; filter=(-R "$2"); shift ;;
       *) usage ;;
     esac
@@ -36,10 +40,19 @@ main() {
     lint
     return
   fi
+  if [[ $mode == fuzz ]]; then
+    deploy/setup.sh --fuzz || exit 2
+    build fuzz
+    tests/fuzz/run.sh "$seconds"
+    return
+  fi
   deploy/setup.sh || exit 2
   # Other people's clients: without them the rest is worth running, and their suites say that they were skipped.
   [[ $preset != release ]] || deploy/setup.sh --clients || true
   build "$preset"
+  if [[ $mode == soak ]]; then
+    exec /usr/bin/python3 -B tests/cluster/soak.py "$minutes"
+  fi
   if [[ $preset == release ]]; then
     chart_tools "$tools"
     chart_tools prometheus
@@ -50,7 +63,7 @@ main() {
 }
 
 usage() {
-  sed -n '5,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '5,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 }
 

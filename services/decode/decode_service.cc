@@ -32,6 +32,8 @@ grpc::ServerUnaryReactor* Refuse(grpc::ServerUnaryReactor* reactor, const absl::
 
 absl::Status Loading() { return absl::UnavailableError("the decode worker is loading"); }
 
+}  // namespace
+
 absl::Status CheckReserve(const v1::ReserveRequest& request, const RequestLimits& limits) {
   RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   RETURN_IF_ERROR(CheckAttempt(request.attempt()));
@@ -55,6 +57,8 @@ absl::Status CheckReserve(const v1::ReserveRequest& request, const RequestLimits
   }
   return absl::OkStatus();
 }
+
+namespace {
 
 // The stream of one sequence's tokens.
 class TokenStream final : public EventWriter<v1::DecodeEvent>, public TokenSink {

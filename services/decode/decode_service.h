@@ -10,6 +10,9 @@
 
 namespace millrace::decode {
 
+// InvalidArgument or DeadlineExceeded names the field. What passes is within what the loop and the engine rely on.
+absl::Status CheckReserve(const v1::ReserveRequest& request, const RequestLimits& limits);
+
 class HandoffService final : public v1::Handoff::CallbackService {
  public:
   // Answers Unavailable until then. The loop must outlive the server that this service is registered with.

@@ -252,6 +252,10 @@ class Stream:
         self.reply = self.connection.getresponse()
         self.status = self.reply.status
 
+    def error_code(self):
+        """Of a request that was refused before it streamed."""
+        return json.loads(self.reply.read())["error"]["code"]
+
     def events(self):
         """Parsed events; the last one is "[DONE]" if the stream ended well."""
         while True:
