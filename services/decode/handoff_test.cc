@@ -491,7 +491,8 @@ TEST_F(Handoff, CancelAtAnyPointGivesEverythingBack) {
     flow->CancelPrefill();  // at 2 and 3 it has long ended, and the hand-off stands
     if (point >= 2) flow->CancelDecode();
     const Outcome outcome = flow->Wait();
-    EXPECT_FALSE(outcome.decode.ok());
+    // A cancel of prefill can come when the hand-off already stands; then decode goes on to its end.
+    EXPECT_TRUE(!outcome.decode.ok() || (point == 1 && outcome.committed)) << point;
     EXPECT_TRUE(pair.BecomesClean()) << point;
   }
 }
