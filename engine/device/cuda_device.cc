@@ -53,6 +53,13 @@ absl::StatusOr<DeviceInfo> OpenDevice(int ordinal) {
                     static_cast<int64_t>(free)};
 }
 
+int CurrentMultiprocessors() {
+  int device = 0, count = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 absl::StatusOr<DeviceBuffer> DeviceBuffer::Take(int64_t bytes, const std::string& purpose) {
   DeviceBuffer buffer;
   buffer.bytes_ = bytes;

@@ -42,6 +42,9 @@ struct DeviceInfo {
 // such card, or not one of this generation; the message names what was found.
 absl::StatusOr<DeviceInfo> OpenDevice(int ordinal);
 
+// Of the device current on the calling thread.
+int CurrentMultiprocessors();
+
 // Owned device memory, zeroed. Move-only.
 class DeviceBuffer {
  public:

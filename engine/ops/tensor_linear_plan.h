@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which tensor-core kernel a dense product takes and how it is cut: a pure function of the shape, no device needed.
+//
+// K is always cut into blocks of 128 bytes of a row (128 FP8, 64 BF16 values). A block is summed from zero by the
+// tensor cores, multiplied by its scales and added to the total in FP32, blocks ascending. Both kernels do exactly that
+// for each row, so the choice and the cut are about time only: `skinny` may spread blocks over the CTAs of a cluster
+// because their sums are kept apart and added in order at the end.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace millrace::cuda {
+
+constexpr int kBlockBytes = 128;    // of K, in a row of either operand
+constexpr int kSkinnyOutputs = 64;  // weight rows of a skinny CTA: what one warpgroup product takes
+constexpr int kLargeRows = 128;     // rows and outputs of a tile of the large kernel
+constexpr int kLargeOutputs = 128;
+constexpr int kMaxCluster = 8;            // what every card of this generation grants
+constexpr int kCtaSmemBytes = 227 << 10;  // of one CTA
+
+struct LinearPlan {
+  bool skinny = false;
+  int tokens = 0;   // skinny: rows of a CTA, 8, 16, 32 or 64
+  int cluster = 1;  // skinny: CTAs that share the blocks of K; tiles: CTAs that share a weight tile
+  int blocks = 0;   // blocks of K
+  int per_cta = 0;  // skinny: blocks of one CTA, the last may have fewer
+  int stages = 0;   // blocks in flight
+  int smem_bytes = 0;
+};
+
+// Sums that a CTA of a cluster keeps: one per block of K for each of the outputs it closes.
+constexpr int SkinnySumBytes(int tokens, int cluster, int blocks) {
+  return cluster == 1 ? 0 : blocks * (kSkinnyOutputs * tokens / cluster) * 4;
+}
+constexpr int SkinnyStageBytes(int tokens) { return (kSkinnyOutputs + tokens) * kBlockBytes; }
+
+// `n` outputs and `row_bytes` of K per group. `multiprocessors` of the card.
+inline LinearPlan PlanLinear(int64_t rows, int64_t n, int64_t row_bytes, int groups, int multiprocessors) {
+  LinearPlan p;
+  p.blocks = static_cast<int>((row_bytes + kBlockBytes - 1) / kBlockBytes);
+  const int64_t large_tiles = (rows + kLargeRows - 1) / kLargeRows * ((n + kLargeOutputs - 1) / kLargeOutputs) * groups;
+  // A large tile needs enough of its kind to keep half the card busy; below, weights are better read by more CTAs.
+  p.skinny = rows <= 64 || (rows <= 256 && large_tiles * 2 < multiprocessors);
+  if (!p.skinny) {
+    p.cluster = rows > kLargeRows ? 2 : 1;
+    p.stages = 6;
+    p.smem_bytes = p.stages * (kLargeRows + kLargeOutputs) * kBlockBytes + 2048;
+    return p;
+  }
+  p.tokens = rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
+  const int64_t tiles = (n + kSkinnyOutputs - 1) / kSkinnyOutputs * groups * ((rows + p.tokens - 1) / p.tokens);
+  constexpr int kRoom = kCtaSmemBytes - 2048;  // 1024 to align the tiles, the rest for barriers
+  for (p.cluster = kMaxCluster; p.cluster > 1; p.cluster /= 2) {
+    p.per_cta = (p.blocks + p.cluster - 1) / p.cluster;
+    const bool wanted = tiles * p.cluster <= multiprocessors + multiprocessors / 8 && p.per_cta >= 2;
+    const int room = kRoom - SkinnySumBytes(p.tokens, p.cluster, p.blocks);
+    // Little's law: about 48 KiB of weights in flight per multiprocessor reach the memory's rate.
+    if (wanted && room >= std::min(p.per_cta, 6) * SkinnyStageBytes(p.tokens)) break;
+  }
+  p.per_cta = (p.blocks + p.cluster - 1) / p.cluster;
+  const int sums = SkinnySumBytes(p.tokens, p.cluster, p.blocks);
+  // With more tiles than multiprocessors two CTAs share one, so that one starts while the other ends.
+  const int room = tiles * p.cluster > multiprocessors ? kRoom / 2 - 1024 : kRoom;
+  p.stages = std::clamp((room - sums) / SkinnyStageBytes(p.tokens), 2, std::min(std::max(p.per_cta, 2), 24));
+  p.smem_bytes = p.stages * SkinnyStageBytes(p.tokens) + sums + 2048;
+  return p;
+}
+
+}  // namespace millrace::cuda

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dense products of many rows: 128 x 128 tiles of the output, bound by the tensor cores.
+//
+// One CTA a multiprocessor walks over tiles. A producer thread copies 128 rows of x and 128 of the weight, 128 bytes of
+// K each, into a ring of stages; two consumer warpgroups of 64 rows multiply. Two CTAs of a cluster take two tiles that
+// share the weight rows: each copies half of them to both, since one multiprocessor's share of the L2 cache's bandwidth
+// would not feed the tensor cores. Each warpgroup has two sets of accumulators: while the tensor cores sum block b into
+// one, it promotes block b - 1 from the other (scales, FP32 addition), so promotion costs no tensor time.
+#include "engine/device/cuda_device.h"
+#include "engine/device/tensor_map.h"
+#include "engine/ops/cuda_format.cuh"
+#include "engine/ops/sm90.cuh"
+#include "engine/ops/tensor_linear_kernels.h"
+#include "engine/status.h"
+
+namespace millrace::cuda {
+namespace {
+
+using sm90::Barrier;
+
+constexpr int kStages = 6;
+constexpr int kOperandBytes = kLargeRows * kBlockBytes;  // of one operand in a stage
+constexpr int kStageBytes = 2 * kOperandBytes;
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kThreads = (kConsumers + 1) * 128;
+// 232 for two accumulator sets, the totals and addresses; what is left of 64 Ki registers goes to the producer.
+constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+static_assert(128 * (kConsumers * kConsumerRegisters + kProducerRegisters) <= 65536, "a multiprocessor's registers");
+static_assert(kStages * kStageBytes + 2048 <= kCtaSmemBytes, "the ring, its alignment and its barriers");
+static_assert(kLargeOutputs == 128, "one scale a tile and block: scales of FP8 weights are per 128 x 128");
+
+// Tiles are walked in bands of this many tiles of outputs, rows inside: what is in flight shares both operands in L2.
+constexpr int kBand = 8;
+
+struct TileArgs {
+  int64_t rows = 0, n = 0;
+  int blocks = 0, groups = 1;
+  int row_steps = 0;  // clusters of tiles along the rows
+  int output_tiles = 0;
+  int64_t x_group = 0;  // elements of x from one group's first column to the next
+  const uint8_t* w_scales = nullptr;
+  const float* x_scales = nullptr;
+  int64_t x_scales_ld = 0;
+  LinearOut out{static_cast<float*>(nullptr), 0};
+  bool wide_stores = false;
+};
+
+struct TilePlace {
+  int group, row_step, output_tile;
+};
+
+__device__ inline TilePlace PlaceOf(const TileArgs& a, int tile) {
+  const int per_group = a.row_steps * a.output_tiles;
+  TilePlace p;
+  p.group = tile / per_group;
+  const int inside = tile % per_group, band = inside / (a.row_steps * kBand), first = band * kBand;
+  const int width = min(kBand, a.output_tiles - first), at = inside - band * a.row_steps * kBand;
+  p.row_step = at / width;
+  p.output_tile = first + at % width;
+  return p;
+}
+
+template <WeightKind kKind>
+__device__ inline void MultiplyBlock(float* sums, const uint8_t* x_tile, const uint8_t* w_tile) {
+  const uint64_t x = sm90::TileDescriptor(x_tile), w = sm90::TileDescriptor(w_tile);
+  sm90::ProductFence();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kKind == WeightKind::kFp8) {
+      sm90::Product<kLargeOutputs>::Fp8(sums, x + 2 * i, w + 2 * i, i > 0);
+    } else {
+      sm90::Product<kLargeOutputs>::Bf16(sums, x + 2 * i, w + 2 * i, i > 0);
+    }
+  }
+  sm90::ProductCommit();
+}
+
+// What a block's sums are multiplied by, for this thread's two rows. All are powers of two: the product is exact, and a
+// fused multiply-add rounds once, as an addition would.
+struct RowScales {
+  float low = 1, high = 1;
+};
+
+__device__ inline void Promote(const float* sums, RowScales s, float* total) {
+#pragma unroll
+  for (int i = 0; i < kLargeOutputs / 2; ++i) total[i] = fmaf(sums[i], (i & 2) != 0 ? s.high : s.low, total[i]);
+}
+
+__device__ inline uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Four words of a lane, for column pairs 2 * (lane % 4) of four groups of eight columns, become the eight columns of
+// one group: a transposition over the four lanes of a row.
+__device__ inline uint4 GatherEight(uint4 w, int lane) {
+  const bool odd = (lane & 1) != 0, upper = (lane & 2) != 0;
+  uint32_t got = __shfl_xor_sync(kFullWarp, odd ? w.x : w.y, 1);
+  (odd ? w.x : w.y) = got;
+  got = __shfl_xor_sync(kFullWarp, odd ? w.z : w.w, 1);
+  (odd ? w.z : w.w) = got;
+  got = __shfl_xor_sync(kFullWarp, upper ? w.x : w.z, 2);
+  (upper ? w.x : w.z) = got;
+  got = __shfl_xor_sync(kFullWarp, upper ? w.y : w.w, 2);
+  (upper ? w.y : w.w) = got;
+  return w;
+}
+
+__device__ inline void StoreTile(const TileArgs& a, const TilePlace& place, int64_t first_row, const float* total) {
+  const int lane = threadIdx.x % 32;
+  const int64_t n0 = static_cast<int64_t>(place.output_tile) * kLargeOutputs;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = first_row + lane / 4 + half * 8;
+    const int64_t base = row * a.out.ld + place.group * a.n;
+    if (a.out.bf16 != nullptr && a.wide_stores) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t w[4];
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+          w[q] = PackBf16(total[4 * (4 * j + q) + 2 * half], total[4 * (4 * j + q) + 2 * half + 1]);
+        const uint4 eight = GatherEight({w[0], w[1], w[2], w[3]}, lane);
+        const int64_t n = n0 + 8 * (4 * j + lane % 4);
+        if (row < a.rows && n < a.n) *reinterpret_cast<uint4*>(a.out.bf16 + base + n) = eight;
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kLargeOutputs / 8; ++j) {
+        const int64_t n = n0 + 8 * j + 2 * (lane % 4);
+        const float first = total[4 * j + 2 * half], second = total[4 * j + 2 * half + 1];
+        if (row >= a.rows || n >= a.n) continue;
+        if (a.out.bf16 != nullptr) {
+          a.out.bf16[base + n] = ToBf16(first);
+          if (n + 1 < a.n) a.out.bf16[base + n + 1] = ToBf16(second);
+        } else if (a.wide_stores) {
+          *reinterpret_cast<float2*>(a.out.f32 + base + n) = {first, second};
+        } else {
+          a.out.f32[base + n] = first;
+          if (n + 1 < a.n) a.out.f32[base + n + 1] = second;
+        }
+      }
+    }
+  }
+}
+
+// A place in the ring and the parity of its current round.
+struct RingPlace {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ inline void Next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <WeightKind kKind, int kCluster>
+__global__ void __launch_bounds__(kThreads, 1)
+    TileKernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+               const __grid_constant__ TileArgs a) {
+  extern __shared__ uint8_t smem_raw[];
+  uint8_t* smem = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(smem_raw) + 1023) & ~uintptr_t{1023});
+  Barrier* full = reinterpret_cast<Barrier*>(smem + kStages * kStageBytes);
+  Barrier* empty = full + kStages;
+
+  constexpr int kBlockElements = kKind == WeightKind::kFp8 ? kBlockBytes : kBlockBytes / 2;
+  const int warpgroup = threadIdx.x / 128;
+  const uint32_t rank = kCluster == 1 ? 0 : sm90::ClusterRank();
+  const int num_tiles = a.row_steps * a.output_tiles * a.groups;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      sm90::BarrierInit(full + s, 1);
+      sm90::BarrierInit(empty + s, kCluster * kConsumers * 4);  // every consumer warp of the cluster
+    }
+    sm90::BarrierInitFence();
+    sm90::PrefetchMap(&x_map);
+    sm90::PrefetchMap(&w_map);
+  }
+  if constexpr (kCluster > 1) {
+    sm90::ClusterArriveRelaxed();
+    sm90::ClusterWait();
+  } else {
+    __syncthreads();
+  }
+
+  if (warpgroup == kConsumers) {
+    sm90::LowerRegisters<kProducerRegisters>();
+    if (threadIdx.x == kConsumers * 128) {
+      sm90::WaitForPreviousKernel();
+      RingPlace ring;
+      for (int tile = blockIdx.x / kCluster; tile < num_tiles; tile += gridDim.x / kCluster) {
+        const TilePlace place = PlaceOf(a, tile);
+        const int row = (place.row_step * kCluster + rank) * kLargeRows;
+        const int weight_row = place.group * static_cast<int>(a.n) + place.output_tile * kLargeOutputs;
+        const int x_column = place.group * static_cast<int>(a.x_group);
+        for (int b = 0; b < a.blocks; ++b, ring.Next()) {
+          uint8_t* stage = smem + ring.stage * kStageBytes;
+          sm90::BarrierWait(empty + ring.stage, ring.parity ^ 1);
+          sm90::BarrierExpect(full + ring.stage, kStageBytes);
+          sm90::TensorCopy(stage, &x_map, x_column + b * kBlockElements, row, full + ring.stage, sm90::kEvictNormal);
+          uint8_t* weight = stage + kOperandBytes + rank * (kOperandBytes / kCluster);
+          const int share = weight_row + static_cast<int>(rank) * (kLargeOutputs / kCluster);
+          if constexpr (kCluster > 1) {
+            sm90::TensorCopyMulticast(weight, &w_map, b * kBlockElements, share, full + ring.stage, (1 << kCluster) - 1,
+                                      sm90::kEvictNormal);
+          } else {
+            sm90::TensorCopy(weight, &w_map, b * kBlockElements, share, full + ring.stage, sm90::kEvictNormal);
+          }
+        }
+      }
+    }
+  } else {
+    sm90::RaiseRegisters<kConsumerRegisters>();
+    sm90::WaitForPreviousKernel();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    RingPlace ring, done;  // next to read; oldest not released
+    float sums[2][kLargeOutputs / 2] = {}, total[kLargeOutputs / 2];
+
+    const auto issue = [&](float* into) {
+      sm90::BarrierWait(full + ring.stage, ring.parity);
+      const uint8_t* stage = smem + ring.stage * kStageBytes;
+      MultiplyBlock<kKind>(into, stage + warpgroup * (kOperandBytes / kConsumers), stage + kOperandBytes);
+      ring.Next();
+    };
+    const auto release = [&] {
+      if (lane < kCluster) {
+        if constexpr (kCluster > 1) {
+          sm90::BarrierArriveRemote(empty + done.stage, lane);
+        } else {
+          sm90::BarrierArrive(empty + done.stage);
+        }
+      }
+      done.Next();
+    };
+
+    for (int tile = blockIdx.x / kCluster; tile < num_tiles; tile += gridDim.x / kCluster) {
+      const TilePlace place = PlaceOf(a, tile);
+      const int64_t first_row = (static_cast<int64_t>(place.row_step) * kCluster + rank) * kLargeRows + warp * 16;
+      // Rows beyond the last are read as the last: their results go nowhere.
+      const int64_t low_row = min(first_row + lane / 4, a.rows - 1),
+                    high_row = min(first_row + lane / 4 + 8, a.rows - 1);
+      const auto scales = [&](int b) {
+        RowScales s;
+        if constexpr (kKind == WeightKind::kFp8) {
+          const float w = DecodeE8m0(__ldg(a.w_scales + static_cast<int64_t>(place.output_tile) * a.blocks + b));
+          s.low = a.x_scales[low_row * a.x_scales_ld + b] * w;
+          s.high = a.x_scales[high_row * a.x_scales_ld + b] * w;
+        }
+        return s;
+      };
+#pragma unroll
+      for (float& t : total) t = 0;
+
+      issue(sums[0]);
+      RowScales even = scales(0), odd;
+      int b = 1;
+      for (; b + 1 < a.blocks; b += 2) {
+        issue(sums[1]);
+        odd = scales(b);
+        sm90::ProductWait<1>();
+        release();
+        Promote(sums[0], even, total);
+        issue(sums[0]);
+        even = scales(b + 1);
+        sm90::ProductWait<1>();
+        release();
+        Promote(sums[1], odd, total);
+      }
+      if (b < a.blocks) {
+        issue(sums[1]);
+        odd = scales(b);
+        sm90::ProductWait<1>();
+        release();
+        Promote(sums[0], even, total);
+        sm90::ProductWait<0>();
+        release();
+        Promote(sums[1], odd, total);
+      } else {
+        sm90::ProductWait<0>();
+        release();
+        Promote(sums[0], even, total);
+      }
+      StoreTile(a, place, first_row, total);
+    }
+  }
+  // A CTA may not leave while its twin still copies to it or arrives at its barriers.
+  if constexpr (kCluster > 1) {
+    __syncwarp();
+    sm90::ClusterArriveRelaxed();
+    sm90::ClusterWait();
+  }
+}
+
+bool Aligned(const void* p, int64_t stride_bytes, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0 && stride_bytes % bytes == 0;
+}
+
+template <WeightKind kKind, int kCluster>
+void Launch(const DenseProduct& p, const LinearPlan& plan, int multiprocessors, cudaStream_t stream) {
+  constexpr bool kFp8 = kKind == WeightKind::kFp8;
+  const TensorElement element = kFp8 ? TensorElement::kByte : TensorElement::kBf16;
+  const CUtensorMap x_map = MakeTensorMap(element, p.x, p.rows, p.groups * p.w.k, p.x_ld, kLargeRows);
+  const CUtensorMap w_map = MakeTensorMap(element, p.w.data, p.groups * p.w.n, p.w.k, p.w.k, kLargeOutputs / kCluster);
+  TileArgs a;
+  a.rows = p.rows;
+  a.n = p.w.n;
+  a.blocks = plan.blocks;
+  a.groups = p.groups;
+  a.row_steps = static_cast<int>((p.rows + kLargeRows * kCluster - 1) / (kLargeRows * kCluster));
+  a.output_tiles = static_cast<int>((p.w.n + kLargeOutputs - 1) / kLargeOutputs);
+  a.x_group = p.w.k;
+  a.w_scales = p.w.scales;
+  a.x_scales = p.x_scales;
+  a.x_scales_ld = p.x_scales_ld;
+  a.out = p.out;
+  a.wide_stores = p.out.bf16 != nullptr ? p.w.n % 8 == 0 && Aligned(p.out.bf16, p.out.ld * 2, 16)
+                                        : p.w.n % 2 == 0 && Aligned(p.out.f32, p.out.ld * 4, 8);
+  static const cudaError_t allowed =
+      cudaFuncSetAttribute(TileKernel<kKind, kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize, kCtaSmemBytes);
+  CUDA_CHECK(allowed);
+
+  const int tiles = a.row_steps * a.output_tiles * a.groups;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kCluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(multiprocessors / kCluster, tiles) * kCluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.smem_bytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, TileKernel<kKind, kCluster>, x_map, w_map, a));
+}
+
+}  // namespace
+
+void LinearTile(const DenseProduct& p, const LinearPlan& plan, int multiprocessors, cudaStream_t stream) {
+  if (p.kind == WeightKind::kFp8) {
+    if (plan.cluster == 2) return Launch<WeightKind::kFp8, 2>(p, plan, multiprocessors, stream);
+    return Launch<WeightKind::kFp8, 1>(p, plan, multiprocessors, stream);
+  }
+  if (plan.cluster == 2) return Launch<WeightKind::kBf16, 2>(p, plan, multiprocessors, stream);
+  Launch<WeightKind::kBf16, 1>(p, plan, multiprocessors, stream);
+}
+
+}  // namespace millrace::cuda
