@@ -14,6 +14,7 @@
 #include <random>
 #include <utility>
 
+#include "kvtransfer/forwarding_transport.h"
 #include "kvtransfer/status.h"
 
 namespace millrace::kvtransfer {
@@ -27,29 +28,15 @@ struct Copy {
   std::string payload;
 };
 
-class FaultTransportImpl final : public FaultTransport {
+class FaultTransportImpl final : public ForwardingTransport<FaultTransport> {
  public:
-  FaultTransportImpl(std::unique_ptr<Transport> inner, FaultPlan plan) : inner_(std::move(inner)) { SetPlan(plan); }
-  ~FaultTransportImpl() override { inner_->Close(); }
+  FaultTransportImpl(std::unique_ptr<Transport> inner, FaultPlan plan) : ForwardingTransport(std::move(inner)) {
+    SetPlan(plan);
+  }
+  ~FaultTransportImpl() override { inner()->Close(); }
 
-  const std::string& address() const override { return inner_->address(); }
-  bool Supports(MemoryKind kind) const override { return kind == MemoryKind::kHost && inner_->Supports(kind); }
-  void SetHandler(uint16_t channel, MessageHandler* handler) override { inner_->SetHandler(channel, handler); }
-  void OnPeerFailed(PeerFailed callback) override { inner_->OnPeerFailed(std::move(callback)); }
-  absl::StatusOr<PeerId> Connect(absl::string_view address) override { return inner_->Connect(address); }
-  void Cancel(SendId send) override { inner_->Cancel(send); }
-  void Disconnect(PeerId peer, absl::AnyInvocable<void()> fenced) override {
-    inner_->Disconnect(peer, std::move(fenced));
-  }
-  void RunAfter(absl::Duration delay, absl::AnyInvocable<void()> callback) override {
-    inner_->RunAfter(delay, std::move(callback));
-  }
-  bool WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) override {
-    return inner_->WaitFor(done, timeout);
-  }
-  void Close() override { inner_->Close(); }
-  TransportStatistics statistics() const override { return inner_->statistics(); }
-  std::string Describe() const override { return "with faults: " + inner_->Describe(); }
+  bool Supports(MemoryKind kind) const override { return kind == MemoryKind::kHost && inner()->Supports(kind); }
+  std::string Describe() const override { return "with faults: " + inner()->Describe(); }
 
   void SetPlan(FaultPlan plan) override {
     std::lock_guard lock(mu_);
@@ -68,7 +55,7 @@ class FaultTransportImpl final : public FaultTransport {
     const Faults faults = Draw(header.size(), payload.bytes);
     absl::StatusOr<SendId> result;
     if (!faults.any) {
-      result = inner_->SendMessage(peer, channel, header, payload, std::move(done));
+      result = inner()->SendMessage(peer, channel, header, payload, std::move(done));
     } else {
       result = SendWithFaults(faults, peer, channel, header, payload, std::move(done));
     }
@@ -113,7 +100,7 @@ class FaultTransportImpl final : public FaultTransport {
                                         absl::Span<const uint8_t> header, ConstMemory payload, SendDone done) {
     if (faults.drop || faults.fail) {
       const absl::Status outcome = faults.fail ? absl::UnavailableError("failed on purpose") : absl::OkStatus();
-      inner_->RunAfter(absl::ZeroDuration(), [outcome, done = std::move(done)]() mutable { done(outcome); });
+      inner()->RunAfter(absl::ZeroDuration(), [outcome, done = std::move(done)]() mutable { done(outcome); });
       return SendId{};
     }
     auto copy = std::make_shared<Copy>();
@@ -134,14 +121,14 @@ class FaultTransportImpl final : public FaultTransport {
       std::lock_guard lock(mu_);
       pending_ = std::move(leave);
     } else {
-      inner_->RunAfter(faults.delay, std::move(leave));
+      inner()->RunAfter(faults.delay, std::move(leave));
     }
     return SendId{};
   }
 
   absl::Status Leave(const std::shared_ptr<Copy>& copy, const std::shared_ptr<SendDone>& outcome) {
     const absl::Span<const uint8_t> header(reinterpret_cast<const uint8_t*>(copy->header.data()), copy->header.size());
-    return inner_
+    return inner()
         ->SendMessage(copy->peer, copy->channel, header, {copy->payload.data(), copy->payload.size()},
                       [copy, outcome](absl::Status status) { (*outcome)(status); })
         .status();
@@ -153,7 +140,7 @@ class FaultTransportImpl final : public FaultTransport {
       std::lock_guard lock(mu_);
       held = std::exchange(held_, {});
     }
-    for (auto& [id, leave] : held) inner_->RunAfter(absl::ZeroDuration(), std::move(leave));
+    for (auto& [id, leave] : held) inner()->RunAfter(absl::ZeroDuration(), std::move(leave));
   }
 
   void HoldUntilNext() {
@@ -166,7 +153,7 @@ class FaultTransportImpl final : public FaultTransport {
       held_[id] = std::exchange(pending_, nullptr);
       at_most = plan_.delay_up_to;
     }
-    inner_->RunAfter(at_most, [this, id] {
+    inner()->RunAfter(at_most, [this, id] {
       absl::AnyInvocable<void()> leave;
       {
         std::lock_guard lock(mu_);
@@ -179,7 +166,6 @@ class FaultTransportImpl final : public FaultTransport {
     });
   }
 
-  std::unique_ptr<Transport> inner_;
   mutable std::mutex mu_;
   FaultPlan plan_;
   std::mt19937_64 random_;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kvtransfer/forwarding_transport.h"
 #include "kvtransfer/status.h"
 
 namespace millrace::kvtransfer {
@@ -52,32 +53,29 @@ class StagingBuffer {
   std::unique_ptr<uint8_t[]> data_;
 };
 
-class StagedTransport final : public Transport {
+class StagedTransport final : public ForwardingTransport<Transport> {
  public:
   StagedTransport(std::unique_ptr<Transport> inner, MemoryFunctions memory, size_t max_staging_bytes)
-      : inner_(std::move(inner)),
+      : ForwardingTransport(std::move(inner)),
         memory_(std::move(memory)),
         budget_(std::make_shared<StagingBudget>(max_staging_bytes)) {
     for (StagingHandler& handler : handlers_) handler.transport = this;
   }
-  ~StagedTransport() override { inner_->Close(); }
+  ~StagedTransport() override { inner()->Close(); }
 
-  const std::string& address() const override { return inner_->address(); }
-  bool Supports(MemoryKind /*kind*/) const override { return inner_->Supports(MemoryKind::kHost); }
+  bool Supports(MemoryKind /*kind*/) const override { return inner()->Supports(MemoryKind::kHost); }
   void SetHandler(uint16_t channel, MessageHandler* handler) override {
-    if (channel >= kMaxChannels || handler == nullptr) return inner_->SetHandler(channel, handler);
+    if (channel >= kMaxChannels || handler == nullptr) return inner()->SetHandler(channel, handler);
     // The inner transport calls ours, which asks the caller's. Taken away first: nobody is inside when it changes.
-    inner_->SetHandler(channel, nullptr);
+    inner()->SetHandler(channel, nullptr);
     handlers_[channel].handler = handler;
-    inner_->SetHandler(channel, &handlers_[channel]);
+    inner()->SetHandler(channel, &handlers_[channel]);
   }
-  void OnPeerFailed(PeerFailed callback) override { inner_->OnPeerFailed(std::move(callback)); }
-  absl::StatusOr<PeerId> Connect(absl::string_view address) override { return inner_->Connect(address); }
 
   absl::StatusOr<SendId> SendMessage(PeerId peer, uint16_t channel, absl::Span<const uint8_t> header,
                                      ConstMemory payload, SendDone done) override {
     if (payload.kind == MemoryKind::kHost) {
-      return inner_->SendMessage(peer, channel, header, payload, std::move(done));
+      return inner()->SendMessage(peer, channel, header, payload, std::move(done));
     }
     auto buffer = StagingBuffer::Take(budget_, payload.bytes);
     if (buffer == nullptr) {
@@ -85,26 +83,14 @@ class StagedTransport final : public Transport {
     }
     RETURN_IF_ERROR(memory_.copy({buffer->data(), payload.bytes, MemoryKind::kHost}, payload));
     const ConstMemory staged(buffer->data(), payload.bytes);
-    return inner_->SendMessage(peer, channel, header, staged,
-                               [buffer = std::move(buffer), done = std::move(done)](absl::Status status) mutable {
-                                 buffer.reset();
-                                 done(std::move(status));
-                               });
+    return inner()->SendMessage(peer, channel, header, staged,
+                                [buffer = std::move(buffer), done = std::move(done)](absl::Status status) mutable {
+                                  buffer.reset();
+                                  done(std::move(status));
+                                });
   }
 
-  void Cancel(SendId send) override { inner_->Cancel(send); }
-  void Disconnect(PeerId peer, absl::AnyInvocable<void()> fenced) override {
-    inner_->Disconnect(peer, std::move(fenced));
-  }
-  void RunAfter(absl::Duration delay, absl::AnyInvocable<void()> callback) override {
-    inner_->RunAfter(delay, std::move(callback));
-  }
-  bool WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) override {
-    return inner_->WaitFor(done, timeout);
-  }
-  void Close() override { inner_->Close(); }
-  TransportStatistics statistics() const override { return inner_->statistics(); }
-  std::string Describe() const override { return "device memory through host buffers; " + inner_->Describe(); }
+  std::string Describe() const override { return "device memory through host buffers; " + inner()->Describe(); }
 
  private:
   struct StagingHandler final : MessageHandler {
@@ -123,7 +109,7 @@ class StagedTransport final : public Transport {
     // A destination that is too small is the inner transport's to refuse: it sees its size, not ours.
     auto buffer = StagingBuffer::Take(budget_, destination.bytes);
     if (buffer == nullptr) {
-      inner_->RunAfter(absl::ZeroDuration(), [done = std::move(placement.done)]() mutable {
+      inner()->RunAfter(absl::ZeroDuration(), [done = std::move(placement.done)]() mutable {
         done(absl::ResourceExhaustedError("no staging memory"));
       });
       return Placement::Drop("no_staging_memory");
@@ -139,7 +125,6 @@ class StagedTransport final : public Transport {
     });
   }
 
-  const std::unique_ptr<Transport> inner_;
   const MemoryFunctions memory_;
   const std::shared_ptr<StagingBudget> budget_;
   std::array<StagingHandler, kMaxChannels> handlers_;

@@ -47,6 +47,42 @@ class StagedTransportTest : public ::testing::TestWithParam<TransportKind> {
     options.memory = InvertedDevice();
     return StageDeviceMemory(factory_.Make(std::move(options)), InvertedDevice(), max_staging_bytes);
   }
+
+  // Whether everything has arrived, asked until it is so.
+  using Settled = absl::FunctionRef<bool(Sender& sender, Receiver& receiver, const Manifest& manifest)>;
+  static bool Arrived(Sender& /*sender*/, Receiver& receiver, const Manifest& manifest) {
+    return receiver.Verify(manifest)->complete;
+  }
+
+  // A hand-off of extents of these sizes from device to device, ended by `settled`; the bytes must have come over.
+  static void HandOver(Transport& here, Transport& there, const std::vector<size_t>& sizes, Settled settled) {
+    Receiver receiver(there, {.memory = InvertedDevice()});
+    std::vector<std::vector<uint8_t>> sources, destinations;
+    std::vector<ExpectedExtent> expected;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      sources.push_back(OnDevice(Pattern(sizes[i], i)));
+      destinations.push_back(std::vector<uint8_t>(sizes[i], 0xab));
+      expected.push_back({i, {destinations[i].data(), sizes[i], MemoryKind::kDevice}});
+    }
+    ASSERT_TRUE(receiver.Open(kKey, expected).ok());
+    {
+      const auto peer = here.Connect(there.address());
+      ASSERT_TRUE(peer.ok());
+      Sender sender(here, *peer, kKey, {.memory = InvertedDevice()});
+      for (size_t i = 0; i < sizes.size(); ++i) {
+        ASSERT_TRUE(sender.Send(i, {sources[i].data(), sizes[i], MemoryKind::kDevice}).ok());
+      }
+      ASSERT_TRUE(sender.FlushAndWait(kSoon).ok());
+      const auto manifest = sender.BuildManifest("");
+      ASSERT_TRUE(manifest.ok()) << manifest.status();
+      ASSERT_TRUE(Eventually([&] { return settled(sender, receiver, *manifest); }));
+    }
+    EXPECT_EQ(destinations, sources) << "inverted on both sides";
+    EXPECT_TRUE(receiver.FenceAndWait(kKey.lease, kSoon));
+    here.Close();
+    there.Close();
+  }
+
   TransportFactory factory_{GetParam()};
 };
 
@@ -55,97 +91,24 @@ INSTANTIATE_TEST_SUITE_P(All, StagedTransportTest, ::testing::ValuesIn(AllKinds(
 
 TEST_P(StagedTransportTest, AHandOffFromDeviceToDeviceIsCompleteAndProved) {
   auto there = Make(), here = Make();
-  Receiver receiver(*there, {.memory = InvertedDevice()});
-  std::vector<std::vector<uint8_t>> sources, destinations;
-  std::vector<ExpectedExtent> expected;
-  for (const size_t bytes : {1ul, 100ul, 16384ul, 300000ul, 5000000ul}) {
-    sources.push_back(OnDevice(Pattern(bytes, bytes)));
-    destinations.push_back(std::vector<uint8_t>(bytes, 0xab));
-  }
-  for (size_t i = 0; i < sources.size(); ++i) {
-    expected.push_back({i, {destinations[i].data(), destinations[i].size(), MemoryKind::kDevice}});
-  }
-  ASSERT_TRUE(receiver.Open(kKey, expected).ok());
-  {
-    const auto peer = here->Connect(there->address());
-    ASSERT_TRUE(peer.ok());
-    Sender sender(*here, *peer, kKey, {.memory = InvertedDevice()});
-    for (size_t i = 0; i < sources.size(); ++i) {
-      ASSERT_TRUE(sender.Send(i, {sources[i].data(), sources[i].size(), MemoryKind::kDevice}).ok());
-    }
-    ASSERT_TRUE(sender.FlushAndWait(kSoon).ok());
-    const auto manifest = sender.BuildManifest("");
-    ASSERT_TRUE(manifest.ok()) << manifest.status();
-    ASSERT_TRUE(Eventually([&] { return receiver.Verify(*manifest)->complete; }));
-  }
-  EXPECT_EQ(destinations, sources) << "inverted on both sides";
-  EXPECT_TRUE(receiver.FenceAndWait(kKey.lease, kSoon));
-  here->Close();
-  there->Close();
+  HandOver(*here, *there, {1, 100, 16384, 300000, 5000000}, Arrived);
 }
 
 TEST_P(StagedTransportTest, BeyondItsBufferASendIsTriedAgainUntilEverythingArrived) {
   auto there = Make(), here = Make(600000);  // two of the extents below
-  Receiver receiver(*there, {.memory = InvertedDevice()});
-  constexpr size_t kExtents = 30, kBytes = 250000;
-  std::vector<std::vector<uint8_t>> sources, destinations(kExtents, std::vector<uint8_t>(kBytes));
-  std::vector<ExpectedExtent> expected;
-  for (size_t i = 0; i < kExtents; ++i) {
-    sources.push_back(OnDevice(Pattern(kBytes, i)));
-    expected.push_back({i, {destinations[i].data(), kBytes, MemoryKind::kDevice}});
-  }
-  ASSERT_TRUE(receiver.Open(kKey, expected).ok());
-  {
-    const auto peer = here->Connect(there->address());
-    ASSERT_TRUE(peer.ok());
-    Sender sender(*here, *peer, kKey, {.memory = InvertedDevice()});
-    for (size_t i = 0; i < kExtents; ++i) {
-      ASSERT_TRUE(sender.Send(i, {sources[i].data(), kBytes, MemoryKind::kDevice}).ok());
-    }
-    ASSERT_TRUE(sender.FlushAndWait(kSoon).ok());
-    const auto manifest = sender.BuildManifest("");
-    ASSERT_TRUE(manifest.ok()) << manifest.status();
-    ASSERT_TRUE(Eventually([&] { return receiver.Verify(*manifest)->complete; }));
-  }
-  EXPECT_EQ(destinations, sources);
-  EXPECT_TRUE(receiver.FenceAndWait(kKey.lease, kSoon));
-  here->Close();
-  there->Close();
+  HandOver(*here, *there, std::vector<size_t>(30, 250000), Arrived);
 }
 
 TEST_P(StagedTransportTest, AnArrivalWithoutBufferFailsAndMayBeAskedForAgain) {
   auto there = Make(300000), here = Make();
-  Receiver receiver(*there, {.memory = InvertedDevice()});
-  constexpr size_t kExtents = 12, kBytes = 250000;
-  std::vector<std::vector<uint8_t>> sources, destinations(kExtents, std::vector<uint8_t>(kBytes));
-  std::vector<ExpectedExtent> expected;
-  for (size_t i = 0; i < kExtents; ++i) {
-    sources.push_back(OnDevice(Pattern(kBytes, i)));
-    expected.push_back({i, {destinations[i].data(), kBytes, MemoryKind::kDevice}});
-  }
-  ASSERT_TRUE(receiver.Open(kKey, expected).ok());
-  {
-    const auto peer = here->Connect(there->address());
-    ASSERT_TRUE(peer.ok());
-    Sender sender(*here, *peer, kKey, {.memory = InvertedDevice()});
-    for (size_t i = 0; i < kExtents; ++i) {
-      ASSERT_TRUE(sender.Send(i, {sources[i].data(), kBytes, MemoryKind::kDevice}).ok());
-    }
-    ASSERT_TRUE(sender.FlushAndWait(kSoon).ok());
-    const auto manifest = sender.BuildManifest("");
-    ASSERT_TRUE(manifest.ok()) << manifest.status();
-    // As a prefill worker repairs: what is missing is sent again until nothing is.
-    ASSERT_TRUE(Eventually([&] {
-      const VerifyResult result = *receiver.Verify(*manifest);
-      if (result.complete) return true;
-      EXPECT_TRUE(sender.Resend(result.resend).ok());
-      return sender.FlushAndWait(kSoon).ok() && receiver.Verify(*manifest)->complete;
-    }));
-  }
-  EXPECT_EQ(destinations, sources);
-  EXPECT_TRUE(receiver.FenceAndWait(kKey.lease, kSoon));
-  here->Close();
-  there->Close();
+  // As a prefill worker repairs: what is missing is sent again until nothing is.
+  HandOver(*here, *there, std::vector<size_t>(12, 250000),
+           [](Sender& sender, Receiver& receiver, const Manifest& manifest) {
+             const VerifyResult result = *receiver.Verify(manifest);
+             if (result.complete) return true;
+             EXPECT_TRUE(sender.Resend(result.resend).ok());
+             return sender.FlushAndWait(kSoon).ok() && receiver.Verify(manifest)->complete;
+           });
 }
 
 }  // namespace
