@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of README.md and docs/benchmarks.md from the CPU recordings beside this file.
+"""Writes the tables of README.md and docs/benchmarks.md from the recordings beside this file.
 
-A table stands between `<!-- cpu benchmarks: FILE.csv ... -->` and `<!-- /cpu benchmarks -->`; rows are chosen and put in
-words here, figures come from the recordings alone. --check fails if a document is not what this script would write.
+A table stands between `<!-- KIND: FILE.csv ... -->` and `<!-- /KIND -->`. `cpu benchmarks`: rows are chosen and put in words
+here. `gpu kernels`, of OURS.csv and PEER.csv: a row of OURS, the same shape in PEER where it was timed, and the peer's time
+over ours. Figures come from the recordings alone. --check fails if a document is not what this script would write.
 """
 import csv
 import os
@@ -13,7 +14,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 DOCUMENTS = ["README.md", "docs/benchmarks.md"]
-MARKERS = re.compile(r"(<!-- cpu benchmarks: ([^>]*?) -->\n).*?(<!-- /cpu benchmarks -->)", re.S)
+MARKERS = re.compile(r"(<!-- (cpu benchmarks|gpu kernels): ([^>]*?) -->\n).*?(<!-- /\2 -->)", re.S)
 
 # What a row is called, and the goal for a core with AVX-512.
 ROWS = [
@@ -30,9 +31,13 @@ ROWS = [
 ]
 
 
+# Kernels of a GPU recording, and which of the peer's they are compared with.
+PEER_OF = {"linear fp8": "fp8 blocks", "linear bf16": "bf16"}
+
+
 def read(name):
-    with open(os.path.join(HERE, name), newline="") as source:
-        return {row["what"]: row for row in csv.DictReader(source)}
+    with open(os.path.join(HERE, name), newline="", encoding="utf-8") as source:
+        return list(csv.DictReader(source))
 
 
 def number(text):
@@ -47,8 +52,8 @@ def cell(row):
     return f"{number(row['value'])} {row['unit']} ({number(row['low'])} – {number(row['high'])}{share})"
 
 
-def table(files):
-    recordings = [read(name) for name in files]
+def cpu_table(files):
+    recordings = [{row["what"]: row for row in read(name)} for name in files]
     firsts = [next(iter(recording.values())) for recording in recordings]
     lines = ["| | " + " | ".join(f"{f['machine']}, `{f['kernel_set']}`" for f in firsts) + " | goal |",
              "|---|" + "---|" * (len(files) + 1)]
@@ -61,18 +66,38 @@ def table(files):
     return "\n".join(lines) + "\n"
 
 
+def gpu_table(files):
+    ours, peers = files
+    rows, peer_rows = read(ours), read(peers)
+    peer = {(row["kernel"], row["shape"]): row for row in peer_rows}
+    lines = [f"| {rows[0]['machine']} | rows x outputs x K | µs (least – greatest) | GB/s | TFLOP/s | cuBLASLt µs | ratio |",
+             "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        name, shape = row["shape"].rsplit(" ", 1)
+        us, low, high, rate, flops = (float(row[c]) for c in ("us_median", "us_low", "us_high", "gb_s", "tflop_s"))
+        other = peer.get((PEER_OF.get(row["kernel"]), shape))
+        theirs = f"{float(other['us_median']):,.1f} | {float(other['us_median']) / us:.2f}" if other else " | "
+        lines.append(f"| {row['kernel'].removeprefix('linear ')}, {name} | {shape} | {us:,.1f} ({low:,.1f} – {high:,.1f}) | "
+                     f"{rate:,.0f} | {flops:,.0f} | {theirs} |")
+    lines.append(f"\n`{ours}`: recorded 2026-11-24, commit: {rows[0]['commit']}. `{peers}`: {peer_rows[0]['library']}, the same kind of card.")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"cpu benchmarks": cpu_table, "gpu kernels": gpu_table}
+
+
 def main():
     check = sys.argv[1:] == ["--check"]
     stale = []
     for document in DOCUMENTS:
         path = os.path.join(ROOT, document)
-        with open(path) as source:
+        with open(path, encoding="utf-8") as source:
             before = source.read()
-        after = MARKERS.sub(lambda m: m[1] + table(m[2].split()) + m[3], before)
+        after = MARKERS.sub(lambda m: m[1] + TABLES[m[2]](m[3].split()) + m[4], before)
         if after != before:
             stale.append(document)
             if not check:
-                with open(path, "w") as out:
+                with open(path, "w", encoding="utf-8") as out:
                     out.write(after)
     if check and stale:
         sys.exit(f"table: {', '.join(stale)} differ from the recordings; run docs/benchmarks/table.py")
