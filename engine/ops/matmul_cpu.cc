@@ -302,25 +302,23 @@ void MatMul(const PackedLinear& w, const ActivationRows& x, int64_t m, float* ou
   // Rows go through in strips that keep the activations in cache; the split changes no sum.
   constexpr int64_t kRowStrip = 96;
   const int64_t panels = w.num_panels(), strips = (m + kRowStrip - 1) / kRowStrip;
+  const uint16_t* narrow = nullptr;  // [m, k], if the product goes into tiles
   if (x.bf16 && AmxTakes(w) && AmxAvailable()) {
-    static thread_local std::vector<uint16_t> narrow;
-    narrow.resize(std::max<size_t>(narrow.size(), m * w.k()));
-    NarrowRows(x, m, w.k(), narrow.data());
-    const uint16_t* values = narrow.data();
-    pool.For(panels * strips, [&](int64_t i) {
-      const int64_t panel = i % panels, row = i / panels * kRowStrip;
-      const float* scales = x.scales == nullptr ? nullptr : x.scales + row * x.scales_ld;
-      AmxPanelProduct(w, panel, {values + row * w.k(), scales, x.scales_ld}, std::min(kRowStrip, m - row),
-                      out + row * out_ld, out_ld);
-    });
-    return;
+    static thread_local std::vector<uint16_t> rows;
+    rows.resize(std::max<size_t>(rows.size(), m * w.k()));
+    NarrowRows(x, m, w.k(), rows.data());
+    narrow = rows.data();
   }
   pool.For(panels * strips, [&](int64_t i) {
-    const int64_t panel = i % panels, row = i / panels * kRowStrip;
+    const int64_t panel = i % panels, row = i / panels * kRowStrip, rows = std::min(kRowStrip, m - row);
     ActivationRows part = x;
     part.values += row * x.ld;
     if (part.scales != nullptr) part.scales += row * x.scales_ld;
-    HWY_DYNAMIC_DISPATCH(PanelProductAny)(w, panel, part, std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
+    if (narrow != nullptr) {
+      AmxPanelProduct(w, panel, {narrow + row * w.k(), part.scales, x.scales_ld}, rows, out + row * out_ld, out_ld);
+    } else {
+      HWY_DYNAMIC_DISPATCH(PanelProductAny)(w, panel, part, rows, out + row * out_ld, out_ld);
+    }
   });
 }
 
