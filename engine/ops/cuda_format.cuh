@@ -38,17 +38,6 @@ __device__ inline void WidenE4m3(uint32_t codes, float* out) {
   out[3] = high.y;
 }
 
-// Eight E2M1 codes of a word, lowest nibble first, times 2^14 left out of an FP16 read of the shifted code: multiply by
-// kE2m1Widened. The same trick as the CPU's.
-constexpr float kE2m1Widened = 16384.0f;
-__device__ inline void WidenE2m1(uint32_t codes, float* out) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t code = codes >> (4 * i);
-    out[i] = __half2float(__ushort_as_half(static_cast<unsigned short>((code & 8u) << 12 | (code & 7u) << 9)));
-  }
-}
-
 // Sum over the lanes of a warp; every lane gets it. One fixed tree.
 __device__ inline float WarpSum(float x) {
 #pragma unroll
@@ -72,6 +61,21 @@ __device__ inline float BlockSum(float x, float* scratch) {
 #pragma unroll
   for (int warp = 0; warp < kThreads / 32; ++warp) total += scratch[warp];
   return total;
+}
+
+// A group of 128 activations, four a lane, as E4M3 codes and their scale, which every lane gets.
+__device__ inline uint32_t QuantiseGroup(const float (&v)[4], float& scale) {
+  // Of the bits, not the values: a NaN must win so that the scale shows it.
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) amax = max(amax, __float_as_uint(v[i]) & 0x7fffffffu);
+  amax = __reduce_max_sync(kFullWarp, amax);
+  const int exponent = ActQuantScale(__uint_as_float(amax));
+  const float inverse = PowerOfTwo(-exponent);
+  scale = PowerOfTwo(exponent);
+  const uint32_t low = __nv_cvt_float2_to_fp8x2({v[0] * inverse, v[1] * inverse}, __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2({v[2] * inverse, v[3] * inverse}, __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
 }
 
 // exp(x) for x <= 0 as the CPU twins have it: 0 below -87.

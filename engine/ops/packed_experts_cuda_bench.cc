@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/device/cuda_bench.h"
+#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/cuda_packed_experts.h"
 #include "engine/ops/packed_experts_kernels.h"
 #include "engine/ops/packed_experts_plan.h"
@@ -34,7 +35,7 @@ struct Layer {
         x(Take(kMostTokens * kHidden * 2)),
         codes(Take(kMostTokens * kHidden)),
         scales(Take(kMostTokens * kHidden / 128 * 4)),
-        workspace(Take(PackedExpertWorkspaceBytes(kExperts, kWidth, kTopK, kMostTokens))),
+        workspace(Take(ExpertWorkspaceBytes(kExperts, kHidden, kWidth, kTopK, kMostTokens))),
         out(Take(kMostTokens * kTopK * kHidden * 2)) {
     constexpr int64_t kCodes = kHidden * kWidth / 2, kScales = kHidden * kWidth / 32;
     const DeviceBuffer raw = Take(3 * (kCodes + kScales));
@@ -56,7 +57,7 @@ struct Layer {
   Fp8Rows X() const { return {codes.data(), kHidden, Scales(), kHidden / 128}; }
   Bf16* Out() const { return reinterpret_cast<Bf16*>(out.data()); }
   DeviceBuffer gate_up, down, x, codes, scales, workspace, out;
-  PackedExpertWeights weights;
+  ExpertWeights weights;
 };
 
 // Balanced routing of `tokens` tokens, starting at another expert for each set.
@@ -95,7 +96,7 @@ int Run(const Layer& layer, int64_t tokens, BenchReport& report) {
   const int sets = tokens >= 256 ? 1 : 8;
   const Routing routing(tokens, sets);
   const auto launch = [&](int set, cudaStream_t stream) {
-    PackedRoutedExperts(layer.weights, layer.X(), routing.Experts(set), routing.Weights(set), tokens, kTopK, kLimit,
+    RoutedExperts(layer.weights, layer.X(), routing.Experts(set), routing.Weights(set), tokens, kTopK, kLimit,
                         layer.workspace.data(), layer.Out(), stream);
   };
   // The last token among all, then alone.
@@ -103,7 +104,7 @@ int Run(const Layer& layer, int64_t tokens, BenchReport& report) {
   launch(0, nullptr);
   const std::vector<uint16_t> among = Rows(layer, (tokens - 1) * kTopK, kTopK), all = Rows(layer, 0, tokens * kTopK);
   const Fp8Rows x = layer.X();
-  PackedRoutedExperts(layer.weights,
+  RoutedExperts(layer.weights,
                       {x.codes + (tokens - 1) * kHidden, kHidden, x.scales + (tokens - 1) * x.scales_ld, x.scales_ld},
                       routing.Experts(0) + (tokens - 1) * kTopK, routing.Weights(0) + (tokens - 1) * kTopK, 1, kTopK,
                       kLimit, layer.workspace.data(), layer.Out(), nullptr);
@@ -125,7 +126,7 @@ int Run(const Layer& layer, int64_t tokens, BenchReport& report) {
 
   // The halves, over one grouping.
   const ExpertPath path = ChooseExpertPath(routing.pairs, kExperts);
-  const ExpertWorkspace w = ExpertWorkspaceAt(kExperts, kWidth, routing.pairs, layer.workspace.data());
+  const ExpertWorkspace w = ExpertWorkspaceAt(layer.weights, routing.pairs, layer.workspace.data());
   launch(0, nullptr);
   const double share = static_cast<double>(PackedGateUpBytes(kHidden, kWidth)) /
                        (PackedGateUpBytes(kHidden, kWidth) + PackedDownBytes(kHidden, kWidth));

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "engine/ops/cuda_packed_experts.h"
+#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/cuda_test_util.h"
 #include "engine/ops/packed_experts_plan.h"
 #include "engine/ops/rounding.h"
@@ -81,8 +82,8 @@ class Layer {
         scales_(max_tokens * ((hidden + 127) / 128)),
         experts_(max_tokens * k),
         weights_(max_tokens * k),
-        workspace_(PackedExpertWorkspaceBytes(num_experts, width, k, max_tokens)) {
-    DeviceArray<int32_t> bad(1);
+        workspace_(ExpertWorkspaceBytes(num_experts, hidden, width, k, max_tokens)) {
+    DeviceArray<int32_t> bad(std::vector<int32_t>{0});
     for (int e = 0; e < num_experts; ++e) {
       host_.emplace_back(hidden, width, seed + 100 * e);
       const Expert& h = host_.back();
@@ -128,7 +129,7 @@ class Layer {
     DeviceArray<uint16_t> out(tokens * k_ * hidden_);
     CUDA_CHECK(cudaMemset(out.data(), 0xff, tokens * k_ * hidden_ * 2));
     const int64_t groups = (hidden_ + 127) / 128;
-    PackedRoutedExperts(device_, {codes_.data() + first * hidden_, hidden_, scales_.data() + first * groups, groups},
+    RoutedExperts(device_, {codes_.data() + first * hidden_, hidden_, scales_.data() + first * groups, groups},
                         experts_.data() + first * k_, weights_.data() + first * k_, tokens, k_, kLimit,
                         workspace_.data(), reinterpret_cast<Bf16*>(out.data()), nullptr);
     return out.Fetch();
@@ -164,7 +165,7 @@ class Layer {
   DeviceArray<int32_t> experts_;
   DeviceArray<float> weights_;
   DeviceArray<uint8_t> workspace_;
-  PackedExpertWeights device_;
+  ExpertWeights device_;
 };
 
 class CudaPackedExperts : public CudaTest {};
@@ -289,7 +290,7 @@ TEST_F(CudaPackedExperts, PackingCountsScalesTooFarApartAndMindsNoGroupOfZeros) 
   DeviceArray<uint8_t> w1(e.w1.codes), w2(e.w2.codes), w3(e.w3.codes), s1(e.w1.scales), s2(e.w2.scales),
       s3(e.w3.scales);
   DeviceArray<uint8_t> gate_up(PackedGateUpBytes(hidden, width)), down(PackedDownBytes(hidden, width));
-  DeviceArray<int32_t> bad(1);
+  DeviceArray<int32_t> bad(std::vector<int32_t>{0});
   PackExpert({w1.data(), w2.data(), w3.data(), s1.data(), s2.data(), s3.data()}, hidden, width, gate_up.data(),
              down.data(), bad.data(), nullptr);
   EXPECT_EQ(bad.Fetch()[0], 1);

@@ -210,18 +210,11 @@ struct Consumer {
     for (int token = threadIdx.x / 32; token < tile.count; token += C::kConsumerThreads / 32) {
       const uint2 raw = *reinterpret_cast<const uint2*>(smem + C::kResultAt + token * C::kResultBytes + lane * 8);
       const float v[4] = {LowBf16(raw.x), HighBf16(raw.x), LowBf16(raw.y), HighBf16(raw.y)};
-      // Of the bits, not the values: a NaN must win so that the scale shows it.
-      uint32_t amax = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) amax = max(amax, __float_as_uint(v[i]) & 0x7fffffffu);
-      amax = __reduce_max_sync(kFullWarp, amax);
-      const int exponent = ActQuantScale(__uint_as_float(amax));
-      const float inverse = PowerOfTwo(-exponent);
-      const uint32_t low = __nv_cvt_float2_to_fp8x2({v[0] * inverse, v[1] * inverse}, __NV_SATFINITE, __NV_E4M3);
-      const uint32_t high = __nv_cvt_float2_to_fp8x2({v[2] * inverse, v[3] * inverse}, __NV_SATFINITE, __NV_E4M3);
+      float scale;
+      const uint32_t codes = QuantiseGroup(v, scale);
       const int64_t place = tile.begin + token;
-      if (column < a.rows_out) *reinterpret_cast<uint32_t*>(a.codes + place * a.rows_out + column) = low | high << 16;
-      if (lane == 0) a.scales[place * a.scales_ld + item] = PowerOfTwo(exponent);
+      if (column < a.rows_out) *reinterpret_cast<uint32_t*>(a.codes + place * a.rows_out + column) = codes;
+      if (lane == 0) a.scales[place * a.scales_ld + item] = scale;
     }
   }
 
@@ -258,6 +251,8 @@ template <Half kHalf, ExpertPath kPath>
 __device__ inline void Produce(const CUtensorMap& x_map, const GemmArgs& a, uint8_t* smem, Barrier* full,
                                Barrier* empty) {
   using C = Config<kHalf, kPath>;
+  // Few tokens of an expert lie anywhere in x and are copied one by one; many have been gathered.
+  constexpr bool kScattered = kHalf == Half::kGateUp && kPath == ExpertPath::kFew;
   const int lane = threadIdx.x % 32, total = *a.num_tiles * a.items;
   constexpr uint64_t kPolicy = kPath == ExpertPath::kFew ? sm90::kEvictFirst : sm90::kEvictNormal;
   RingPlace ring;
@@ -271,12 +266,12 @@ __device__ inline void Produce(const CUtensorMap& x_map, const GemmArgs& a, uint
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int place = tile.begin + min(lane + 32 * i, tile.count - 1);
-      row[i] = kHalf == Half::kGateUp ? a.order[place] / a.top_k : place;
+      row[i] = kScattered ? a.order[place] / a.top_k : place;
       scale[i] = a.x_scales + row[i] * a.x_scales_ld;
     }
     const int boxes = (tile.count + 7) / 8;
     const uint32_t bytes =
-        C::kGroups * kExpertRecordBytes + (kHalf == Half::kGateUp ? tile.count : boxes * 8) * kExpertBlockK;
+        C::kGroups * kExpertRecordBytes + (kScattered ? tile.count : boxes * 8) * kExpertBlockK;
     for (int pass = 0; pass < C::kPasses; ++pass) {
       const uint8_t* record =
           a.weights + tile.expert * a.expert_bytes +
@@ -292,7 +287,7 @@ __device__ inline void Produce(const CUtensorMap& x_map, const GemmArgs& a, uint
                          record + (static_cast<int64_t>(lane) * a.blocks + b) * kExpertRecordBytes, kExpertRecordBytes,
                          barrier, kPolicy);
         }
-        if constexpr (kHalf == Half::kGateUp) {
+        if constexpr (kScattered) {
 #pragma unroll
           for (int i = 0; i < kPerLane; ++i) {
             const int token = lane + 32 * i;
@@ -406,7 +401,7 @@ void LaunchPath(ExpertPath path, const CUtensorMap& x_map, const GemmArgs& a, in
 
 }  // namespace
 
-void ExpertGateUp(ExpertPath path, const PackedExpertWeights& w, Fp8Rows x, int64_t rows, const float* weights,
+void ExpertGateUp(ExpertPath path, const ExpertWeights& w, Fp8Rows x, int64_t rows, const float* weights,
                   int top_k, float limit, const ExpertWorkspace& workspace, int multiprocessors, cudaStream_t stream) {
   GemmArgs a;
   a.weights = w.gate_up;
@@ -416,8 +411,9 @@ void ExpertGateUp(ExpertPath path, const PackedExpertWeights& w, Fp8Rows x, int6
   a.tiles = workspace.tiles;
   a.num_tiles = workspace.num_tiles;
   a.order = workspace.order;
-  a.x_scales = x.scales;
-  a.x_scales_ld = x.scales_ld;
+  const bool gathered = path == ExpertPath::kMany;
+  a.x_scales = gathered ? workspace.x_scales : x.scales;
+  a.x_scales_ld = gathered ? ExpertBlocks(w.hidden) : x.scales_ld;
   a.top_k = top_k;
   a.rows_out = w.width;
   a.pair_weights = weights;
@@ -425,12 +421,13 @@ void ExpertGateUp(ExpertPath path, const PackedExpertWeights& w, Fp8Rows x, int6
   a.codes = workspace.codes;
   a.scales = workspace.scales;
   a.scales_ld = ExpertBlocks(w.width);
-  // One row a box: an expert's tokens lie anywhere.
-  const CUtensorMap x_map = MakeTensorMap(TensorElement::kByte, x.codes, rows, w.hidden, x.ld, 1);
+  const CUtensorMap x_map =
+      gathered ? MakeTensorMap(TensorElement::kByte, workspace.x_codes, rows * top_k, w.hidden, w.hidden, 8)
+               : MakeTensorMap(TensorElement::kByte, x.codes, rows, w.hidden, x.ld, 1);
   LaunchPath<Half::kGateUp>(path, x_map, a, rows * top_k, w.num_experts, multiprocessors, stream);
 }
 
-void ExpertDown(ExpertPath path, const PackedExpertWeights& w, int64_t pairs, const ExpertWorkspace& workspace,
+void ExpertDown(ExpertPath path, const ExpertWeights& w, int64_t pairs, const ExpertWorkspace& workspace,
                 Bf16* expert_rows, int multiprocessors, cudaStream_t stream) {
   GemmArgs a;
   a.weights = w.down;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two grouped products behind PackedRoutedExperts, as packed_experts_cuda.cu launches them. Not for other callers.
+// The two grouped products behind RoutedExperts, as packed_experts_cuda.cu launches them. Not for other callers.
 #pragma once
 
 #include "engine/ops/cuda_packed_experts.h"
@@ -17,18 +17,20 @@ struct ExpertWorkspace {
   int32_t* order = nullptr;           // [P] pair at each place
   PackedExpertTile* tiles = nullptr;  // [MaxExpertTiles]
   int32_t* num_tiles = nullptr;       // [1]
+  uint8_t* x_codes = nullptr;         // [P, D] by place, on path kMany
+  float* x_scales = nullptr;          // [P, ceil(D / 128)]
   uint8_t* codes = nullptr;           // [P, I] by place
   float* scales = nullptr;            // [P, ceil(I / 128)]
 };
 
 // The workspace of a step, laid out in `workspace`.
-ExpertWorkspace ExpertWorkspaceAt(int num_experts, int64_t width, int64_t pairs, void* workspace);
+ExpertWorkspace ExpertWorkspaceAt(const ExpertWeights& w, int64_t pairs, void* workspace);
 
 // Gate and up products of every tile, SwiGLU, the pair's weight, requantisation: into workspace.codes and .scales.
-void ExpertGateUp(ExpertPath path, const PackedExpertWeights& w, Fp8Rows x, int64_t rows, const float* weights,
+void ExpertGateUp(ExpertPath path, const ExpertWeights& w, Fp8Rows x, int64_t rows, const float* weights,
                   int top_k, float limit, const ExpertWorkspace& workspace, int multiprocessors, cudaStream_t stream);
 // Down product: workspace.codes to expert_rows [P, D] in the order of pairs.
-void ExpertDown(ExpertPath path, const PackedExpertWeights& w, int64_t pairs, const ExpertWorkspace& workspace,
+void ExpertDown(ExpertPath path, const ExpertWeights& w, int64_t pairs, const ExpertWorkspace& workspace,
                 Bf16* expert_rows, int multiprocessors, cudaStream_t stream);
 
 }  // namespace millrace::cuda

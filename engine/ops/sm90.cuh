@@ -119,6 +119,12 @@ __device__ inline void StoreRemote(uint32_t address, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
+__device__ inline float LoadRemote(uint32_t address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // Some of a CTA's threads meet; `id` 1 to 15.
 __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -146,6 +152,27 @@ __device__ inline void StoreTransposed4(void* row, uint32_t a, uint32_t b, uint3
 }
 __device__ inline void StoreTransposed1(void* row, uint32_t a) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(SmemAddress(row)), "r"(a) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit values, one row address a lane: fragments of a warp's product. Transposed: of columns.
+__device__ inline void LoadMatrices(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(SmemAddress(row)));
+}
+__device__ inline void LoadMatricesTransposed(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(SmemAddress(row)));
+}
+// A warp's product of 16 x 16 with 16 x 8 BF16, added to c: a lane holds rows lane / 4 and eight further, columns
+// 2 * (lane % 4) and the next.
+__device__ inline void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Warpgroup products. Registers of an operand must not change between ProductFence and the ProductWait that covers

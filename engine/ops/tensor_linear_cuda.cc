@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See cuda_tensor_linear.h: checks, and the choice between the two kernels. Host calls only.
+// The products of cuda_linear.h: checks, and the choice between the two kernels. Host calls only.
 #include "engine/device/cuda_device.h"
-#include "engine/ops/cuda_tensor_linear.h"
 #include "engine/ops/tensor_linear_kernels.h"
 #include "engine/status.h"
 
@@ -17,6 +16,20 @@ void TensorLinear(const DenseProduct& p, cudaStream_t stream) {
   const LinearPlan plan = PlanLinear(p.rows, p.w.n, row_bytes, p.groups, multiprocessors);
   if (plan.skinny) return LinearSkinny(p, plan, stream);
   LinearTile(p, plan, multiprocessors, stream);
+}
+
+void LinearFp8(const Weight& w, Fp8Rows x, int64_t rows, LinearOut out, cudaStream_t stream) {
+  CHECK(w.kind == WeightKind::kFp8, "LinearFp8 takes FP8 weights");
+  TensorLinear({WeightKind::kFp8, w, 1, x.codes, x.ld, x.scales, x.scales_ld, rows, out}, stream);
+}
+
+void LinearBf16(const Weight& w, Bf16Rows x, int64_t rows, LinearOut out, cudaStream_t stream) {
+  LinearGrouped(w, 1, x, rows, out, stream);
+}
+
+void LinearGrouped(const Weight& w, int groups, Bf16Rows x, int64_t rows, LinearOut out, cudaStream_t stream) {
+  CHECK(w.kind == WeightKind::kBf16, "LinearBf16 and LinearGrouped take BF16 weights");
+  TensorLinear({WeightKind::kBf16, w, groups, x.data, x.ld, nullptr, 0, rows, out}, stream);
 }
 
 }  // namespace millrace::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Times the dense products of cuda_tensor_linear.h at the shapes of both models, and checks samples of what it timed.
+// Times the dense products of cuda_linear.h at the shapes of both models, and checks samples of what it timed.
 //
 //   tensor_linear_cuda_bench [CSV] [COMMIT]
 //
@@ -11,7 +11,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/device/cuda_bench.h"
-#include "engine/ops/cuda_tensor_linear.h"
+#include "engine/ops/cuda_quantise.h"
+#include "engine/ops/tensor_linear_kernels.h"
 #include "engine/ops/rounding.h"
 
 namespace millrace::cuda {

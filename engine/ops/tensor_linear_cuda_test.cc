@@ -12,7 +12,8 @@
 #include <random>
 #include <vector>
 
-#include "engine/ops/cuda_tensor_linear.h"
+#include "engine/ops/cuda_quantise.h"
+#include "engine/ops/tensor_linear_kernels.h"
 #include "engine/ops/cuda_test_util.h"
 #include "engine/ops/rounding.h"
 
