@@ -38,14 +38,20 @@ CudaForward::Activations CudaForward::LayOut(Bump& bump, const ModelConfig& c, c
   a.streams = bump.Take<Bf16>(t * kStreams * hidden);
   a.sublayer = bump.Take<Bf16>(t * hidden);
   a.u.u = bump.Take<Bf16>(t * hidden);
+  a.u.rounded = bump.Take<Bf16>(t * hidden);
   a.u.codes = bump.Take<uint8_t>(t * hidden);
   a.u.scales = bump.Take<float>(t * ((hidden + 127) / 128));
   a.post = bump.Take<float>(t * kStreams);
   a.comb = bump.Take<float>(t * kStreams * kStreams);
-  a.codes = bump.Take<uint8_t>(t * widest);
-  a.scales = bump.Take<float>(t * ((widest + 127) / 128 + kStreams));
+  a.rounded = bump.Take<Bf16>(t * widest);
+  const int64_t q_rows = OnBlock(heads * kHeadDim) + int64_t{c.index_n_heads} * kIndexDim;
+  a.scratch[0] = bump.Take<uint8_t>(
+      std::max({LinearScratchBytes(q_rows, c.q_lora_rank, t), LinearScratchBytes(hidden, low_rank, t),
+                LinearScratchBytes(OnBlock(c.q_lora_rank) + kHeadDim, hidden, t),
+                limits.mtp ? LinearScratchBytes(hidden, hidden, t * kStreams) : 0}));
+  a.scratch[1] = bump.Take<uint8_t>(LinearScratchBytes(OnBlock(width) + width, hidden, t));
   a.q_kv = bump.Take<Bf16>(t * (OnBlock(c.q_lora_rank) + kHeadDim));
-  a.q_index = bump.Take<Bf16>(t * (OnBlock(heads * kHeadDim) + int64_t{c.index_n_heads} * kIndexDim));
+  a.q_index = bump.Take<Bf16>(t * q_rows);
   a.q = bump.Take<Bf16>(t * heads * kHeadDim);
   a.attn = bump.Take<Bf16>(t * heads * kHeadDim);
   a.low_rank = bump.Take<Bf16>(t * low_rank);
@@ -63,8 +69,7 @@ CudaForward::Activations CudaForward::LayOut(Bump& bump, const ModelConfig& c, c
   a.experts = bump.Take<int32_t>(t * k);
   a.expert_weights = bump.Take<float>(t * k);
   a.shared_up = bump.Take<Bf16>(t * (OnBlock(width) + width));
-  a.shared_codes = bump.Take<uint8_t>(t * width);
-  a.shared_scales = bump.Take<float>(t * ((width + 127) / 128));
+  a.shared_rounded = bump.Take<Bf16>(t * width);
   a.shared = bump.Take<Bf16>(t * hidden);
   a.expert_rows = bump.Take<Bf16>(t * k * hidden);
   if (limits.local_experts) {
@@ -126,9 +131,9 @@ absl::StatusOr<std::unique_ptr<CudaForward>> CudaForward::Create(const ModelConf
   return forward;
 }
 
-Fp8Rows CudaForward::Quantise(const Bf16* x, int64_t rows, int64_t k) {
-  QuantiseRows({x, k}, rows, k, a_.codes, a_.scales, stream_.get());
-  return {a_.codes, k, a_.scales, (k + 127) / 128};
+RoundedRows CudaForward::Round(const Bf16* x, int64_t rows, int64_t k) {
+  RoundRows({x, k}, rows, k, a_.rounded, stream_.get());
+  return {a_.rounded, k};
 }
 
 absl::Status CudaForward::Forward(const PassView& pass, ForwardHooks* hooks) {
@@ -152,7 +157,8 @@ absl::Status CudaForward::Layer(int layer, const LayerWeights& w, const PassView
   const int64_t rows = pass.num_rows, hidden = config_.hidden_size;
   cudaStream_t s = stream_.get();
 
-  HyperConnectionPre(streams, update, w.hc_attn, w.attn_norm, hyper_, rows, hidden, a_.u, a_.post, a_.comb, s);
+  HyperConnectionPre(streams, update, w.hc_attn, w.attn_norm, hyper_, rows, hidden, {.u = a_.u.u, .rounded = a_.u.rounded},
+                     a_.post, a_.comb, s);
   Attention(layer, w, pass, hooks);
   update = {.out = a_.sublayer, .post = a_.post, .comb = a_.comb};
 
@@ -180,14 +186,15 @@ void CudaForward::Attention(int layer, const LayerWeights& w, const PassView& pa
 
   // Queries and this token's window entry.
   const int64_t q_kv_width = w.q_kv.all.n, q_width = w.q_index.all.n;
-  LinearFp8(w.q_kv.all, QuantisedInput(), rows, {a_.q_kv, q_kv_width}, s);
+  LinearFp8(w.q_kv.all, RoundedInput(), rows, {a_.q_kv, q_kv_width}, a_.scratch[0], s);
+  side_.Fork(s);
   WindowAppend(pass, layout_.slot_layers[layer], layout_.window_slots, {a_.q_kv + w.q_kv.start[1], q_kv_width},
-               w.kv_norm, eps_, rope, a_.keys, s);
-  NormQuantise({a_.q_kv, q_kv_width}, w.q_norm, rows, rank, eps_, a_.codes, a_.scales, s);
-  LinearFp8(w.q_index.all, {a_.codes, rank, a_.scales, (rank + 127) / 128}, rows, {a_.q_index, q_width}, s);
+               w.kv_norm, eps_, rope, a_.keys, side_.get());
+  NormRound({a_.q_kv, q_kv_width}, w.q_norm, rows, rank, eps_, a_.rounded, s);
+  LinearFp8(w.q_index.all, {a_.rounded, rank}, rows, {a_.q_index, q_width}, a_.scratch[0], s);
   QueryNormRope({a_.q_index, q_width}, heads, rope, rows, eps_, a_.q, s);
 
-  if (kind != LayerKind::kWindow) side_.Join(s);
+  side_.Join(s);
   if (kind == LayerKind::kCsa) {
     IndexSelect(pass, page, {a_.q_index + w.q_index.start[1], q_width}, Compressed(w, 4), config_.index_n_heads, rope,
                 a_.index, a_.selection, s);
@@ -199,7 +206,7 @@ void CudaForward::Attention(int layer, const LayerWeights& w, const PassView& pa
   // Output: each group of heads through its own low-rank matrix, then one linear back to the hidden size.
   const int64_t z_width = int64_t{config_.o_groups} * config_.o_lora_rank;
   LinearGrouped(w.wo_a, config_.o_groups, {a_.attn, int64_t{heads} * kHeadDim}, rows, {a_.low_rank, z_width}, s);
-  LinearFp8(w.wo_b, Quantise(a_.low_rank, rows, z_width), rows, {a_.sublayer, config_.hidden_size}, s);
+  LinearFp8(w.wo_b, Round(a_.low_rank, rows, z_width), rows, {a_.sublayer, config_.hidden_size}, a_.scratch[0], s);
 }
 
 void CudaForward::Compress(int layer, const LayerWeights& w, const PassView& pass, cudaStream_t stream) {
@@ -216,11 +223,10 @@ void CudaForward::Compress(int layer, const LayerWeights& w, const PassView& pas
 
 void CudaForward::SharedExpert(const LayerWeights& w, int64_t rows, cudaStream_t stream) {
   const int64_t width = config_.moe_intermediate_size, hidden = config_.hidden_size, up_width = w.shared_up.all.n;
-  LinearFp8(w.shared_up.all, QuantisedInput(), rows, {a_.shared_up, up_width}, stream);
-  SwiGluQuantise({a_.shared_up, up_width}, {a_.shared_up + w.shared_up.start[1], up_width}, rows, width,
-                 static_cast<float>(config_.swiglu_limit), a_.shared_codes, a_.shared_scales, stream);
-  LinearFp8(w.shared_w2, {a_.shared_codes, width, a_.shared_scales, (width + 127) / 128}, rows, {a_.shared, hidden},
-            stream);
+  LinearFp8(w.shared_up.all, RoundedInput(), rows, {a_.shared_up, up_width}, a_.scratch[1], stream);
+  SwiGluRound({a_.shared_up, up_width}, {a_.shared_up + w.shared_up.start[1], up_width}, rows, width,
+              static_cast<float>(config_.swiglu_limit), a_.shared_rounded, stream);
+  LinearFp8(w.shared_w2, {a_.shared_rounded, width}, rows, {a_.shared, hidden}, a_.scratch[1], stream);
 }
 
 // Leaves the shared expert's and the routed experts' rows, whose sum is the next update of the streams.
@@ -239,7 +245,8 @@ absl::Status CudaForward::Moe(int layer, const LayerWeights& w, const PassView& 
   if (exchange_ != nullptr) {
     return RemoteExperts(layer, rows, [&] { SharedExpert(w, rows, s); });
   }
-  RoutedExperts(w.experts, QuantisedInput(), a_.experts, a_.expert_weights, rows, k,
+  const Fp8Rows u{a_.u.codes, hidden, a_.u.scales, (hidden + 127) / 128};
+  RoutedExperts(w.experts, u, a_.experts, a_.expert_weights, rows, k,
                 static_cast<float>(config_.swiglu_limit), a_.expert_workspace, a_.expert_rows, s);
   side_.Join(s);
   return absl::OkStatus();
@@ -275,8 +282,9 @@ absl::Status CudaForward::ForwardMtp(const PassView& pass, const PassView& backb
   RmsNorm(a_.e, w.enorm, rows, hidden, eps_, a_.e, s);
   GatherLastStreams(pass, backbone, backbone_sequence, a_.streams, kStreams * hidden, layout_.last_streams, a_.h, s);
   RmsNorm(a_.h, w.hnorm, rows * kStreams, hidden, eps_, a_.h, s);  // each stream by itself, one weight
-  LinearFp8(w.e_proj, Quantise(a_.e, rows, hidden), rows, {a_.u.u, hidden}, s);
-  LinearFp8(w.h_proj, Quantise(a_.h, rows * kStreams, hidden), rows * kStreams, {a_.mtp_streams, hidden}, s);
+  LinearFp8(w.e_proj, Round(a_.e, rows, hidden), rows, {a_.u.u, hidden}, a_.scratch[0], s);
+  LinearFp8(w.h_proj, Round(a_.h, rows * kStreams, hidden), rows * kStreams, {a_.mtp_streams, hidden}, a_.scratch[0],
+            s);
   AddToStreams(a_.u.u, a_.mtp_streams, rows, kStreams, hidden, a_.mtp_streams, s);
   HyperUpdate update;
   RETURN_IF_ERROR(Layer(config_.num_hidden_layers, w.block, pass, a_.mtp_streams, update, nullptr));

@@ -69,8 +69,8 @@ class CudaForward {
     Bf16 *streams = nullptr, *sublayer = nullptr;
     HyperInput u;
     float *post = nullptr, *comb = nullptr;
-    uint8_t* codes = nullptr;  // the widest quantised input of a layer
-    float* scales = nullptr;
+    Bf16* rounded = nullptr;  // the widest rounded input of a product behind u
+    uint8_t* scratch[2] = {};  // of FP8 products, on the main and the side stream
     // Outputs of stacked weights (cuda_weights.h), each row as long as all parts.
     Bf16 *q_kv = nullptr, *q_index = nullptr, *shared_up = nullptr;
     float* compress = nullptr;
@@ -81,8 +81,7 @@ class CudaForward {
     int32_t* experts = nullptr;
     float* expert_weights = nullptr;
     Bf16 *shared = nullptr, *expert_rows = nullptr;
-    uint8_t* shared_codes = nullptr;
-    float* shared_scales = nullptr;
+    Bf16* shared_rounded = nullptr;
     uint8_t* expert_workspace = nullptr;
     float* cos[2] = {};  // window layers, compressed layers
     float* sin[2] = {};
@@ -110,11 +109,9 @@ class CudaForward {
   void SharedExpert(const LayerWeights& w, int64_t rows, cudaStream_t stream);
   absl::Status Moe(int layer, const LayerWeights& w, const PassView& pass, ForwardHooks* hooks);
   absl::Status RemoteExperts(int layer, int64_t rows, const std::function<void()>& meanwhile);
-  // Quantises x [rows, k] into `codes`; valid until the next call.
-  Fp8Rows Quantise(const Bf16* x, int64_t rows, int64_t k);
-  Fp8Rows QuantisedInput() const {
-    return {a_.u.codes, config_.hidden_size, a_.u.scales, (config_.hidden_size + 127) / 128};
-  }
+  // Rounds x [rows, k] into `rounded`; valid until the next call.
+  RoundedRows Round(const Bf16* x, int64_t rows, int64_t k);
+  RoundedRows RoundedInput() const { return {a_.u.rounded, config_.hidden_size}; }
   const float* LogitsOf(const Bf16* streams, const HyperWeights& hc_head, const float* norm, const int32_t* rows,
                         int64_t num);
 

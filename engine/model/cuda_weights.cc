@@ -130,6 +130,11 @@ class Loader {
       const HostTensor& t = c_.Get(names[i]);
       Copy(data + w.start[i] * row_bytes, t.data, t.bytes);
       if (!fp8) continue;
+      const int64_t nans = std::count_if(t.data, t.data + t.bytes, [](uint8_t code) { return (code & 0x7f) == 0x7f; });
+      if (nans != 0) {
+        Refuse(absl::InvalidArgumentError(
+            absl::StrCat(names[i], ": ", nans, " of ", t.bytes, " values are not numbers")));
+      }
       const HostTensor& s = c_.Get(ScaleName(names[i]));
       Copy(scales + w.start[i] / 128 * blocks, s.data, s.bytes);
     }

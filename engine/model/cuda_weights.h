@@ -66,7 +66,7 @@ struct ModelWeights {
   // Bytes that Load takes of a bump, counted by the same code.
   static int64_t Bytes(const Checkpoint& checkpoint, bool mtp, bool with_experts);
   // Copies everything to memory taken from `bump`; returns when it is there. ResourceExhausted: no staging memory.
-  // FailedPrecondition: a weight that the tensor cores cannot take as it is, named.
+  // FailedPrecondition: FP4 scales too far apart to be packed. InvalidArgument: a weight that is not a number.
   static absl::StatusOr<ModelWeights> Load(const Checkpoint& checkpoint, bool mtp, bool with_experts, Bump& bump,
                                            const std::function<void(int64_t, int64_t)>& progress);
 };

@@ -38,6 +38,22 @@ __device__ inline void WidenE4m3(uint32_t codes, float* out) {
   out[3] = high.y;
 }
 
+// Codes 2 * half and the next of a word of four E4M3 codes, as a pair of BF16, exactly; no code may be NaN, which a load
+// refuses. The bits of a code, shifted into those of BF16, are its value times 2^-120.
+__device__ inline uint32_t WidenE4m3ToBf16(uint32_t codes, int half) {
+  const uint32_t high = __byte_perm(codes, 0, half == 0 ? 0x1404 : 0x3424);  // each in the upper byte of 16 bits
+  const uint32_t shifted = (high & 0x80008000u) | (high >> 4 & 0x07f007f0u);
+  const __nv_bfloat162 scale = __halves2bfloat162(__ushort_as_bfloat16(0x7b80), __ushort_as_bfloat16(0x7b80));  // 2^120
+  const __nv_bfloat162 value = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&shifted), scale);
+  return *reinterpret_cast<const uint32_t*>(&value);
+}
+
+// Two E4M3 codes times a power of two, as a pair of BF16, exactly.
+__device__ inline uint32_t ScaledBf16Pair(uint32_t codes, float scale) {
+  const float2 v = WidenE4m3Pair(static_cast<uint16_t>(codes));
+  return __float_as_uint(v.x * scale) >> 16 | (__float_as_uint(v.y * scale) & 0xffff0000u);
+}
+
 // Sum over the lanes of a warp; every lane gets it. One fixed tree.
 __device__ inline float WarpSum(float x) {
 #pragma unroll

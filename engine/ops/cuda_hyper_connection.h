@@ -33,9 +33,10 @@ struct HyperUpdate {
   const float* comb = nullptr;  // [rows, 4, 4] (source, destination)
 };
 
-// The input of a sublayer: u [rows, D], and quantised as QuantiseRows does.
+// The input of a sublayer: u [rows, D], rounded as RoundRows does, and quantised as QuantiseRows does (null: not
+// wanted).
 struct HyperInput {
-  Bf16* u = nullptr;
+  Bf16 *u = nullptr, *rounded = nullptr;
   uint8_t* codes = nullptr;
   float* scales = nullptr;
 };

@@ -2,11 +2,11 @@
 // Matrix products on the device, on the tensor cores: FP8 weights with quantised activations, BF16 weights with BF16
 // ones, weights as the checkpoint stores them.
 //
-// y = x · wᵀ for `rows` rows. K goes in ascending blocks of 128 bytes of a row (128 FP8, 64 BF16 values); a block is
-// summed from zero by the tensor cores, multiplied by its scales and added in FP32. The order is the same for every
-// number of rows, so a row's bits depend on that row only. In FP8 the tensor cores keep about 13 bits of a block below
-// its largest term, so a product differs from its CPU twin (MatMul of packed_linear.h) by up to 1e-3 of the sum of its
-// terms' magnitudes.
+// y = x · wᵀ for `rows` rows. K goes in ascending blocks of 64; a block is summed from zero by the tensor cores,
+// multiplied by its scale and added in FP32. The order is the same for every number of rows, so a row's bits depend on
+// that row only. FP8 operands are multiplied as the BF16 values that they exactly are: the FP8 products of this
+// generation keep about 13 bits of a sum, which quantisers behind them amplify (ADR 0013). Twin: MatMul of
+// packed_linear.h.
 //
 // Contract of all launchers: pointers are device memory; data and scales start on 16 bytes and so does every row; k is
 // a multiple of 32; outputs never alias inputs; rows may be 0; nothing is allocated and nothing waits.
@@ -52,6 +52,13 @@ struct Fp8Rows {
   int64_t scales_ld = 0;
 };
 
+// Rows of BF16 that a quantiser has rounded through E4M3, each 16 of K in the order of FragmentPlace (cuda_quantise.h):
+// what FP8 weights multiply. ld a multiple of 8.
+struct RoundedRows {
+  const Bf16* data = nullptr;
+  int64_t ld = 0;
+};
+
 // Where a product goes: BF16 (rounded once) or F32, [rows, ld].
 struct LinearOut {
   LinearOut(Bf16* out, int64_t ld_) : bf16(out), ld(ld_) {}
@@ -61,7 +68,9 @@ struct LinearOut {
   int64_t ld = 0;
 };
 
-void LinearFp8(const Weight& w, Fp8Rows x, int64_t rows, LinearOut out, cudaStream_t stream);
+// `scratch`: LinearScratchBytes for the most rows it is called with; two products at a time need two.
+int64_t LinearScratchBytes(int64_t n, int64_t k, int64_t rows);
+void LinearFp8(const Weight& w, RoundedRows x, int64_t rows, LinearOut out, void* scratch, cudaStream_t stream);
 void LinearBf16(const Weight& w, Bf16Rows x, int64_t rows, LinearOut out, cudaStream_t stream);
 
 // `groups` BF16 products at once: group g multiplies columns [g * k, (g + 1) * k) of x with rows [g * n, (g + 1) * n)

@@ -1,20 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activation quantisation ("actquant128"), alone and joined with what comes before it. Codes [rows, k] E4M3, scales
-// [rows, ceil(k / 128)], powers of two as F32. Contracts as in cuda_linear.h.
+// Activation quantisation ("actquant128"), alone and joined with what comes before it. Contracts as in cuda_linear.h.
+//
+// What dense FP8 weights multiply are the rounded values: E4M3 codes times the scale of their 128, which BF16 holds
+// exactly, in the order in which the skinny kernel's matrix loads meet FP8 weights. Routed experts take the codes.
 #pragma once
 
 #include "engine/ops/cuda_linear.h"
 
 namespace millrace::cuda {
 
-void QuantiseRows(Bf16Rows x, int64_t rows, int64_t k, uint8_t* codes, float* scales, cudaStream_t stream);
+// Where value `k` of a row lies: within each 16, the first pairs of every four, then the second ones.
+constexpr __host__ __device__ int64_t FragmentPlace(int64_t k) {
+  const int64_t i = k % 16;
+  return k - i + (i % 4 < 2 ? 0 : 8) + i / 4 * 2 + i % 2;
+}
+
+// Rounded values [rows, k]; k a multiple of 16.
+void RoundRows(Bf16Rows x, int64_t rows, int64_t k, Bf16* rounded, cudaStream_t stream);
 
 // Of RMSNorm(x) * weight, rounded once before.
-void NormQuantise(Bf16Rows x, const float* weight, int64_t rows, int64_t dim, float eps, uint8_t* codes, float* scales,
-                  cudaStream_t stream);
+void NormRound(Bf16Rows x, const float* weight, int64_t rows, int64_t dim, float eps, Bf16* rounded,
+               cudaStream_t stream);
 
 // Of silu(min(gate, limit)) * clamp(up, +-limit), rounded once before.
-void SwiGluQuantise(Bf16Rows gate, Bf16Rows up, int64_t rows, int64_t width, float limit, uint8_t* codes,
-                    float* scales, cudaStream_t stream);
+void SwiGluRound(Bf16Rows gate, Bf16Rows up, int64_t rows, int64_t width, float limit, Bf16* rounded,
+                 cudaStream_t stream);
+
+// Codes [rows, k] and scales [rows, ceil(k / 128)], powers of two as F32.
+void QuantiseRows(Bf16Rows x, int64_t rows, int64_t k, uint8_t* codes, float* scales, cudaStream_t stream);
 
 }  // namespace millrace::cuda

@@ -10,6 +10,7 @@
 #include "engine/device/cuda_device.h"
 #include "engine/ops/cuda_format.cuh"
 #include "engine/ops/cuda_hyper_connection.h"
+#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/sm90.cuh"
 #include "engine/status.h"
 
@@ -51,6 +52,7 @@ struct MixSmem {
   Bf16* mixed;                 // [kRows][slice]
   float* warp_sums;            // [kWarps][kRows][kN + 1]
   float* cta_sums;             // [2][kRows][kN + 1], the last column the squares: by parity of the tile
+  float* totals;               // [kRows][kN + 1], over the cluster
   float* norm_sums;            // [2][kRows]
   float* update;               // [kRows][4 + 16]: post, comb
   float* pre;                  // [kRows][4]
@@ -58,7 +60,7 @@ struct MixSmem {
 
   static constexpr int Bytes(int slice) {
     return kRows * (4 * slice + 8 + slice + 8) * 2 +
-           4 * ((kWarps + 2) * kRows * (kN + 1) + 2 * kRows + kRows * (20 + 4 + 16));
+           4 * ((kWarps + 3) * kRows * (kN + 1) + 2 * kRows + kRows * (20 + 4 + 16));
   }
   __device__ MixSmem(uint8_t* at, int slice) {
     x_stride = 4 * slice + 8;
@@ -67,7 +69,8 @@ struct MixSmem {
     mixed = x + kRows * x_stride;
     warp_sums = reinterpret_cast<float*>(mixed + kRows * mixed_stride);
     cta_sums = warp_sums + kWarps * kRows * (kN + 1);
-    norm_sums = cta_sums + 2 * kRows * (kN + 1);
+    totals = cta_sums + 2 * kRows * (kN + 1);
+    norm_sums = totals + kRows * (kN + 1);
     update = norm_sums + 2 * kRows;
     pre = update + kRows * 20;
     logits = pre + kRows * 4;
@@ -137,11 +140,15 @@ __device__ inline float RowSum(float x) {
   return x;
 }
 
-// Sum over the cluster, ascending, of the float at `at` of each CTA.
+// Sum over the cluster, ascending, of the float at `at` of each CTA. All loads are under way before the first is added.
 __device__ inline float ClusterSum(const float* at, int ctas) {
-  float sum = 0;
-#pragma unroll 4
-  for (int rank = 0; rank < ctas; ++rank) sum += sm90::LoadRemote(sm90::RemoteAddress(at, rank));
+  float values[kMaxCluster], sum = 0;
+#pragma unroll
+  for (int rank = 0; rank < kMaxCluster; ++rank) {
+    values[rank] = rank < ctas ? sm90::LoadRemote(sm90::RemoteAddress(at, rank)) : 0.0f;
+  }
+#pragma unroll
+  for (int rank = 0; rank < kMaxCluster; ++rank) sum += values[rank];
   return sum;
 }
 
@@ -189,14 +196,14 @@ __device__ inline void Sinkhorn(float (&c)[kStreams][kStreams], int iterations, 
     if (i > 0) {
 #pragma unroll
       for (int j = 0; j < kStreams; ++j) {
-        const float inverse = __frcp_rn(((c[j][0] + c[j][1]) + c[j][2]) + c[j][3] + eps);
+        const float inverse = __fdividef(1.0f, ((c[j][0] + c[j][1]) + c[j][2]) + c[j][3] + eps);
 #pragma unroll
         for (int k = 0; k < kStreams; ++k) c[j][k] *= inverse;
       }
     }
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) {
-      const float inverse = __frcp_rn(((c[0][k] + c[1][k]) + c[2][k]) + c[3][k] + eps);
+      const float inverse = __fdividef(1.0f, ((c[0][k] + c[1][k]) + c[2][k]) + c[3][k] + eps);
 #pragma unroll
       for (int j = 0; j < kStreams; ++j) c[j][k] *= inverse;
     }
@@ -312,11 +319,17 @@ struct Mixer {
     if (c == 0) mine[r * (kN + 1) + kN] = squares;
   }
 
+  // Products and squares of the tile over the whole cluster.
+  __device__ void Total(int parity) {
+    for (int i = threadIdx.x; i < kRows * (kN + 1); i += kThreads) {
+      s.totals[i] = ClusterSum(s.cta_sums + parity * kRows * (kN + 1) + i, ctas);
+    }
+  }
+
   // What product `n` of tile row `row` comes to, times the row's RMS scale.
-  __device__ float Scaled(int parity, int row, int n) const {
-    const float* sums = s.cta_sums + (parity * kRows + row) * (kN + 1);
-    const float mean = ClusterSum(sums + kN, ctas) / static_cast<float>(kStreams * a.dim);
-    return ClusterSum(sums + n, ctas) * (1.0f / sqrtf(mean + a.params.norm_eps));
+  __device__ float Scaled(int row, int n) const {
+    const float* totals = s.totals + row * (kN + 1);
+    return totals[n] * (1.0f / sqrtf(totals[kN] / static_cast<float>(kStreams * a.dim) + a.params.norm_eps));
   }
 
   // The mix of this CTA's dims; its squares.
@@ -347,17 +360,17 @@ struct Mixer {
   }
 
   // Post and comb of the rows that fall to this CTA, by the upper four warps, sixteen lanes a row.
-  __device__ void Coefficients(int parity, int64_t first_row) {
+  __device__ void Coefficients(int64_t first_row) {
     const int half = threadIdx.x / 16 - kThreads / 32, n = threadIdx.x % 16;
     if (half < 0) return;
     for (int q = half; q < kRows; q += kThreads / 32) {
       const int row = rank + q * ctas;
       const bool real = row < kRows && first_row + row < a.rows;
       if (real) {
-        s.logits[row * 16 + n] = Scaled(parity, row, kCombAt + n) * a.w.scale[2] + a.w.base[kCombAt + n];
+        s.logits[row * 16 + n] = Scaled(row, kCombAt + n) * a.w.scale[2] + a.w.base[kCombAt + n];
         if (n < kStreams) {
           a.post[(first_row + row) * kStreams + n] =
-              2 * Sigmoid(Scaled(parity, row, kPostAt + n) * a.w.scale[1] + a.w.base[kPostAt + n]);
+              2 * Sigmoid(Scaled(row, kPostAt + n) * a.w.scale[1] + a.w.base[kPostAt + n]);
         }
       }
       __syncwarp();
@@ -376,9 +389,7 @@ struct Mixer {
 
   // The norm of the whole row from the cluster's squares, and the result.
   __device__ void Store(int parity, int64_t row) {
-    float mine = 0, total = 0;
-    if (c < ctas) mine = sm90::LoadRemote(sm90::RemoteAddress(s.norm_sums + parity * kRows + r, c));
-    for (int i = 0; i < ctas; ++i) total += __shfl_sync(kFullWarp, mine, threadIdx.x % 32 / 16 * 16 + i);
+    const float total = ClusterSum(s.norm_sums + parity * kRows + r, ctas);
     const float scale = 1.0f / sqrtf(total / static_cast<float>(a.dim) + a.params.norm_eps);
     for (int g = 0; g < slice; g += kGroup) {
       const int at = g + c * 8;
@@ -414,8 +425,15 @@ struct Mixer {
         codes[i / 2] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3))
                         << (16 * (i % 2));
       }
+      // Dims in fours, the first and the second pair of each apart (cuda_quantise.h).
+      const float quantum = PowerOfTwo(exponent);
+      Bf16* rounded = a.input.rounded + row * a.dim + FragmentPlace(d);
+      *reinterpret_cast<uint2*>(rounded) = {ScaledBf16Pair(codes[0], quantum), ScaledBf16Pair(codes[1], quantum)};
+      *reinterpret_cast<uint2*>(rounded + 8) = {ScaledBf16Pair(codes[0] >> 16, quantum),
+                                                ScaledBf16Pair(codes[1] >> 16, quantum)};
+      if (a.input.codes == nullptr) continue;
       *reinterpret_cast<uint2*>(a.input.codes + row * a.dim + d) = {codes[0], codes[1]};
-      if (c == 0) a.input.scales[row * ((a.dim + kGroup - 1) / kGroup) + d / kGroup] = PowerOfTwo(exponent);
+      if (c == 0) a.input.scales[row * ((a.dim + kGroup - 1) / kGroup) + d / kGroup] = quantum;
     }
   }
 };
@@ -438,16 +456,18 @@ __global__ void __launch_bounds__(kThreads, 1) MixKernel(const __grid_constant__
     mixer.Multiply(parity, squares);
     sm90::ClusterArrive();
     sm90::ClusterWait();
+    mixer.Total(parity);
+    __syncthreads();
     if (threadIdx.x < kRows * kStreams) {
       const int j = threadIdx.x % kStreams;
       s.pre[threadIdx.x] =
-          Sigmoid(mixer.Scaled(parity, threadIdx.x / kStreams, j) * a.w.scale[0] + a.w.base[j]) + a.params.hc_eps;
+          Sigmoid(mixer.Scaled(threadIdx.x / kStreams, j) * a.w.scale[0] + a.w.base[j]) + a.params.hc_eps;
     }
     __syncthreads();
     const float mixed_squares = mixer.Mix();
     if (mixer.c == 0) s.norm_sums[parity * kRows + mixer.r] = mixed_squares;
     sm90::ClusterArrive();
-    if constexpr (!kHead) mixer.Coefficients(parity, first);
+    if constexpr (!kHead) mixer.Coefficients(first);
     sm90::ClusterWait();
     mixer.Store(parity, row);
     // Sums of the other parity may be written from here on: their readers met again since. x, mixed and pre are this

@@ -19,14 +19,16 @@ __device__ inline Four LoadFour(const Bf16* at) {
   return {{LowBf16(raw.x), HighBf16(raw.x), LowBf16(raw.y), HighBf16(raw.y)}};
 }
 
-// Group `group` of a row of `k`; lanes beyond k bring zeros and store nothing. Every lane calls it.
-__device__ inline void StoreGroup(const Four& x, int64_t row, int64_t k, int64_t group, uint8_t* codes, float* scales) {
+// This lane's values of group `group` of a row of `k`, rounded; lanes beyond k bring zeros and store nothing. Every lane
+// calls it.
+__device__ inline void StoreRounded(const Four& x, int64_t row, int64_t k, int64_t group, Bf16* rounded) {
   float scale;
-  const uint32_t packed = QuantiseGroup(x.v, scale);
-  const int lane = threadIdx.x % 32;
-  const int64_t at = group * kGroup + lane * 4;
-  if (at < k) *reinterpret_cast<uint32_t*>(codes + row * k + at) = packed;
-  if (lane == 0) scales[row * ((k + kGroup - 1) / kGroup) + group] = scale;
+  const uint32_t codes = QuantiseGroup(x.v, scale);
+  const int64_t at = group * kGroup + threadIdx.x % 32 * 4;
+  if (at >= k) return;
+  uint32_t* low = reinterpret_cast<uint32_t*>(rounded + row * k + FragmentPlace(at));
+  low[0] = ScaledBf16Pair(codes, scale);
+  low[4] = ScaledBf16Pair(codes >> 16, scale);  // eight values further
 }
 
 // One warp a group, wherever its row is.
@@ -48,11 +50,22 @@ __global__ void __launch_bounds__(kThreads)
   if (p.row >= rows) return;
   Four v = {};
   if (p.inside) v = LoadFour(x.data + p.row * x.ld + p.at);
-  StoreGroup(v, p.row, k, p.group, codes, scales);
+  float scale;
+  const uint32_t packed = QuantiseGroup(v.v, scale);
+  if (p.inside) *reinterpret_cast<uint32_t*>(codes + p.row * k + p.at) = packed;
+  if (threadIdx.x % 32 == 0) scales[p.row * ((k + kGroup - 1) / kGroup) + p.group] = scale;
+}
+
+__global__ void __launch_bounds__(kThreads) RoundKernel(Bf16Rows x, int64_t rows, int64_t k, Bf16* rounded) {
+  const Place p = PlaceOf(WarpIndex(), k);
+  if (p.row >= rows) return;
+  Four v = {};
+  if (p.inside) v = LoadFour(x.data + p.row * x.ld + p.at);
+  StoreRounded(v, p.row, k, p.group, rounded);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    NormQuantiseKernel(Bf16Rows x, const float* weight, int64_t dim, float eps, uint8_t* codes, float* scales) {
+    NormRoundKernel(Bf16Rows x, const float* weight, int64_t dim, float eps, Bf16* rounded) {
   __shared__ float scratch[kWarps];
   const int64_t row = blockIdx.x;
   const Bf16* from = x.data + row * x.ld;
@@ -72,13 +85,12 @@ __global__ void __launch_bounds__(kThreads)
       v = {{RoundToBf16(v.v[0] * norm * w.x), RoundToBf16(v.v[1] * norm * w.y), RoundToBf16(v.v[2] * norm * w.z),
             RoundToBf16(v.v[3] * norm * w.w)}};
     }
-    StoreGroup(v, row, dim, group, codes, scales);
+    StoreRounded(v, row, dim, group, rounded);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) SwiGluQuantiseKernel(Bf16Rows gate, Bf16Rows up, int64_t rows,
-                                                                 int64_t width, float limit, uint8_t* codes,
-                                                                 float* scales) {
+__global__ void __launch_bounds__(kThreads)
+    SwiGluRoundKernel(Bf16Rows gate, Bf16Rows up, int64_t rows, int64_t width, float limit, Bf16* rounded) {
   const Place p = PlaceOf(WarpIndex(), width);
   if (p.row >= rows) return;
   Four v = {};
@@ -90,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) SwiGluQuantiseKernel(Bf16Rows gate, 
       v.v[i] = RoundToBf16(__fmul_rn(x / (1.0f + expf(fminf(-x, 87.0f))), y));
     }
   }
-  StoreGroup(v, p.row, width, p.group, codes, scales);
+  StoreRounded(v, p.row, width, p.group, rounded);
 }
 
 // Blocks for one warp a group.
@@ -107,17 +119,23 @@ void QuantiseRows(Bf16Rows x, int64_t rows, int64_t k, uint8_t* codes, float* sc
   CUDA_CHECK(cudaGetLastError());
 }
 
-void NormQuantise(Bf16Rows x, const float* weight, int64_t rows, int64_t dim, float eps, uint8_t* codes, float* scales,
-                  cudaStream_t stream) {
+void RoundRows(Bf16Rows x, int64_t rows, int64_t k, Bf16* rounded, cudaStream_t stream) {
   if (rows == 0) return;
-  NormQuantiseKernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(x, weight, dim, eps, codes, scales);
+  RoundKernel<<<Blocks(rows, k), kThreads, 0, stream>>>(x, rows, k, rounded);
   CUDA_CHECK(cudaGetLastError());
 }
 
-void SwiGluQuantise(Bf16Rows gate, Bf16Rows up, int64_t rows, int64_t width, float limit, uint8_t* codes,
-                    float* scales, cudaStream_t stream) {
+void NormRound(Bf16Rows x, const float* weight, int64_t rows, int64_t dim, float eps, Bf16* rounded,
+               cudaStream_t stream) {
   if (rows == 0) return;
-  SwiGluQuantiseKernel<<<Blocks(rows, width), kThreads, 0, stream>>>(gate, up, rows, width, limit, codes, scales);
+  NormRoundKernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(x, weight, dim, eps, rounded);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void SwiGluRound(Bf16Rows gate, Bf16Rows up, int64_t rows, int64_t width, float limit, Bf16* rounded,
+                 cudaStream_t stream) {
+  if (rows == 0) return;
+  SwiGluRoundKernel<<<Blocks(rows, width), kThreads, 0, stream>>>(gate, up, rows, width, limit, rounded);
   CUDA_CHECK(cudaGetLastError());
 }
 

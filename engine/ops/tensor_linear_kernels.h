@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What lies between the products of cuda_linear.h and their two kernels: one description of a dense product, launched
-// by tensor_linear_cuda.cc. For the kernels, their tests and benchmarks; the engine calls cuda_linear.h.
+// by tensor_linear_cuda.cc. Not for other callers.
 #pragma once
 
 #include "engine/ops/cuda_linear.h"
@@ -8,25 +8,21 @@
 
 namespace millrace::cuda {
 
-// One product, or `groups` side by side in LinearGrouped's layout. Operands are E4M3 codes with scales, or BF16 without.
+// One product, or `groups` side by side in LinearGrouped's layout.
 struct DenseProduct {
-  WeightKind kind = WeightKind::kFp8;  // kFp8 or kBf16
-  Weight w;                            // of one group
+  Weight w;  // of one group
   int groups = 1;
-  const void* x = nullptr;  // [rows, x_ld] codes or BF16
-  int64_t x_ld = 0;
-  const float* x_scales = nullptr;  // FP8: [rows, x_scales_ld]
-  int64_t x_scales_ld = 0;
+  Bf16Rows x;  // in the order of fragments if w is FP8
   int64_t rows = 0;
   LinearOut out;
 };
 
-// Chooses the kernel.
-void TensorLinear(const DenseProduct& p, cudaStream_t stream);
-
-// Bound: the tensor cores. For more rows than a skinny product takes.
+// Bound: the tensor cores. For more rows than a skinny product takes. w is BF16.
 void LinearTile(const DenseProduct& p, const LinearPlan& plan, int multiprocessors, cudaStream_t stream);
 // Bound: reading the weight once. For few rows.
 void LinearSkinny(const DenseProduct& p, const LinearPlan& plan, cudaStream_t stream);
+
+// An FP8 weight as BF16, scales included, in the order of fragments: exact. out [n, k].
+void WidenWeight(const Weight& w, Bf16* out, cudaStream_t stream);
 
 }  // namespace millrace::cuda
