@@ -232,16 +232,36 @@ struct Mixer {
     }
   }
 
+  // Brings what later loads will wait for into the L2 cache: all of this CTA's part of fn at once, rather than step by
+  // step; and the streams of a tile to come.
+  __device__ void PrefetchFn() const {
+    const int lines = slice / 32;  // of 32 floats, in one stream of one row
+    for (int i = threadIdx.x; i < kN * kStreams * lines; i += kThreads) {
+      const int64_t d = first_dim + i % lines * 32;
+      if (d < a.dim) sm90::PrefetchL2(a.w.fn + i / lines * a.dim + d);
+    }
+  }
+  __device__ void PrefetchStreams(int64_t first_row) const {
+    const int lines = slice / 64;  // of 64 values
+    for (int i = threadIdx.x; i < kRows * (kStreams + 1) * lines; i += kThreads) {
+      const int64_t row = first_row + i / lines / (kStreams + 1), d = first_dim + i % lines * 64;
+      const int part = i / lines % (kStreams + 1);
+      if (row >= a.rows || d >= a.dim) continue;
+      if (part < kStreams) {
+        sm90::PrefetchL2(a.streams + (row * kStreams + part) * a.dim + d);
+      } else if (a.update.out != nullptr) {
+        sm90::PrefetchL2(a.update.out + row * a.dim + d);
+      }
+    }
+  }
+
   // Streams of the tile into shared memory, updated; their squares.
   __device__ float Load(int64_t row) {
-    if (a.update.out != nullptr) {
-      for (int i = threadIdx.x; i < kRows * 20; i += kThreads) {
-        const int64_t from = row - r + i / 20;
-        if (from >= a.rows) continue;
-        s.update[i] = i % 20 < 4 ? a.update.post[from * 4 + i % 20] : a.update.comb[from * 16 + i % 20 - 4];
-      }
-      __syncthreads();
+    if (a.update.out != nullptr && row < a.rows) {
+      s.update[r * 20 + 4 + c] = a.update.comb[row * 16 + c];
+      if (c < kStreams) s.update[r * 20 + c] = a.update.post[row * 4 + c];
     }
+    __syncwarp();  // a row's sixteen threads are of one warp
     float squares = 0;
     for (int g = 0; g < slice; g += kGroup) {
       const int at = g + c * 8;
@@ -445,12 +465,14 @@ __global__ void __launch_bounds__(kThreads, 1) MixKernel(const __grid_constant__
   const int slice = SliceDims(a.dim), ctas = ClusterSize(a.dim), rank = static_cast<int>(sm90::ClusterRank());
   const MixSmem<M::kN> s(smem, slice);
   M mixer{a, s, slice, ctas, rank, static_cast<int64_t>(rank) * slice};
+  mixer.PrefetchFn();
   mixer.HoldFn(0);  // does not depend on the kernel before
   sm90::WaitForPreviousKernel();
   int parity = 0;
   for (int64_t first = static_cast<int64_t>(blockIdx.x / ctas) * kRows; first < a.rows;
        first += static_cast<int64_t>(gridDim.x / ctas) * kRows, parity ^= 1) {
     const int64_t row = first + mixer.r;
+    mixer.PrefetchStreams(first + static_cast<int64_t>(gridDim.x / ctas) * kRows);
     const float squares = mixer.Load(row);
     __syncthreads();
     mixer.Multiply(parity, squares);

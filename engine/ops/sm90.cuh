@@ -99,6 +99,8 @@ __device__ inline void CopyArrive(Barrier* b) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SmemAddress(b)) : "memory");
 }
 
+__device__ inline void PrefetchL2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory"); }
+
 // Clusters.
 __device__ inline uint32_t ClusterRank() {
   uint32_t rank;

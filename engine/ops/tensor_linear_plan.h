@@ -56,19 +56,25 @@ inline LinearPlan PlanLinear(int64_t rows, int64_t n, int64_t k, int value_bytes
   }
   p.tokens = rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
   const int64_t tiles = (n + kSkinnyOutputs - 1) / kSkinnyOutputs * groups * ((rows + p.tokens - 1) / p.tokens);
-  constexpr int kRoom = kCtaSmemBytes - 2048;  // 1024 to align the tiles, the rest for barriers
+  // One warpgroup a CTA widens FP8 weights, so a multiprocessor needs several CTAs to keep up with the memory; BF16 ones
+  // it only passes on, and a second CTA starts while the first ends.
+  const int64_t wanted_ctas =
+      value_bytes == 1 ? 4 * multiprocessors : tiles * 4 <= multiprocessors ? 2 * multiprocessors
+                                                                            : multiprocessors + multiprocessors / 8;
+  const auto room = [&] {
+    const int64_t share = std::clamp<int64_t>(tiles * p.cluster / multiprocessors, 1, value_bytes == 1 ? 4 : 2);
+    // Of each CTA 1024 bytes align the tiles, 1024 are barriers and the system's.
+    return static_cast<int>(kCtaSmemBytes / share) - 3072 - SkinnySumBytes(p.tokens, p.cluster, p.blocks);
+  };
   for (p.cluster = kMaxCluster; p.cluster > 1; p.cluster /= 2) {
     p.per_cta = (p.blocks + p.cluster - 1) / p.cluster;
-    const bool wanted = tiles * p.cluster <= multiprocessors + multiprocessors / 8 && p.per_cta >= 2;
-    const int room = kRoom - SkinnySumBytes(p.tokens, p.cluster, p.blocks);
+    const bool wanted = tiles * p.cluster <= wanted_ctas && p.per_cta >= 2;
     // Little's law: about 48 KiB of weights in flight per multiprocessor reach the memory's rate.
-    if (wanted && room >= std::min(p.per_cta, 12 / value_bytes) * SkinnyStageBytes(p.tokens, value_bytes)) break;
+    if (wanted && room() >= std::min(p.per_cta, 6) * SkinnyStageBytes(p.tokens, value_bytes)) break;
   }
   p.per_cta = (p.blocks + p.cluster - 1) / p.cluster;
   const int sums = SkinnySumBytes(p.tokens, p.cluster, p.blocks);
-  // With more tiles than multiprocessors two CTAs share one, so that one starts while the other ends.
-  const int room = tiles * p.cluster > multiprocessors ? kRoom / 2 - 1024 : kRoom;
-  p.stages = std::clamp((room - sums) / SkinnyStageBytes(p.tokens, value_bytes), 2, std::min(std::max(p.per_cta, 2), 24));
+  p.stages = std::clamp(room() / SkinnyStageBytes(p.tokens, value_bytes), 2, std::min(std::max(p.per_cta, 2), 24));
   p.smem_bytes = p.stages * SkinnyStageBytes(p.tokens, value_bytes) + sums + 2048;
   return p;
 }
