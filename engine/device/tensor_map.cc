@@ -24,8 +24,7 @@ Encode FindEncode() {
 }  // namespace
 
 CUtensorMap MakeTensorMap(TensorElement element, const void* data, int64_t rows, int64_t columns, int64_t ld,
-                          int box_rows, int box_bytes) {
-  CHECK(box_bytes == 128 || box_bytes == 64, "the swizzles there are names for");
+                          int box_rows) {
   static const Encode encode = FindEncode();
   const int64_t element_bytes = element == TensorElement::kByte ? 1 : element == TensorElement::kBf16 ? 2 : 4;
   const CUtensorMapDataType type = element == TensorElement::kByte   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
@@ -33,12 +32,12 @@ CUtensorMap MakeTensorMap(TensorElement element, const void* data, int64_t rows,
                                                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(ld * element_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes / element_bytes), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / element_bytes), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t step[2] = {1, 1};
   CUtensorMap map;
   const CUresult result =
       encode(&map, type, 2, const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   CHECK(result == CUDA_SUCCESS,
         absl::StrCat("tensor map refused (", static_cast<int>(result), "): ", rows, " x ", columns, " elements of ",
                      element_bytes, " bytes, ", ld, " a row, boxes of ", box_rows, " rows"));

@@ -14,10 +14,10 @@ namespace millrace::cuda {
 
 enum class TensorElement { kByte, kBf16, kF32 };
 
-// `rows` x `columns` elements, `ld` elements from one row to the next, copied in boxes of `box_rows` rows x `box_bytes`
-// (128 or 64), swizzled over eight such rows of shared memory. `data` and every row start on 16 bytes; box_rows 1 to 256. What a box has
+// `rows` x `columns` elements, `ld` elements from one row to the next, copied in boxes of `box_rows` rows x 128 bytes,
+// swizzled over 1024 bytes of shared memory. `data` and every row start on 16 bytes; box_rows 1 to 256. What a box has
 // outside the matrix arrives as zeros. CHECK-fails on a description that the driver refuses.
 CUtensorMap MakeTensorMap(TensorElement element, const void* data, int64_t rows, int64_t columns, int64_t ld,
-                          int box_rows, int box_bytes = 128);
+                          int box_rows);
 
 }  // namespace millrace::cuda

@@ -2,7 +2,7 @@
 // Matrix products on the device, on the tensor cores: FP8 weights with quantised activations, BF16 weights with BF16
 // ones, weights as the checkpoint stores them.
 //
-// y = x · wᵀ for `rows` rows. K goes in ascending blocks of 64; a block is summed from zero by the tensor cores,
+// y = x · wᵀ for `rows` rows. K goes in ascending blocks of 128; a block is summed from zero by the tensor cores,
 // multiplied by its scale and added in FP32. The order is the same for every number of rows, so a row's bits depend on
 // that row only. FP8 operands are multiplied as the BF16 values that they exactly are: the FP8 products of this
 // generation keep about 13 bits of a sum, which quantisers behind them amplify (ADR 0013). Twin: MatMul of

@@ -47,15 +47,15 @@ __device__ inline void Store(const SkinnyArgs& a, int64_t row, int64_t n, float 
   }
 }
 
-// A warp's part of one block of FP8 weights as four fragments of A.
-__device__ inline void WidenWeights(const uint8_t* tile, uint32_t (&a)[16]) {
+// A warp's part of one block of FP8 weights as eight fragments of A.
+__device__ inline void WidenWeights(const uint8_t* tile, uint32_t (&a)[32]) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
 #pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    // Rows of 64 bytes, their four chunks exchanged by the copy's swizzle.
-    const int chunk = (2 * pair + lane / 16) ^ (row >> 1 & 3);
+  for (int pair = 0; pair < 4; ++pair) {
+    // Rows of 128 bytes, their eight chunks exchanged by the copy's swizzle.
+    const int chunk = (2 * pair + lane / 16) ^ (row & 7);
     uint32_t codes[4];  // rows and eight further, of two steps of 16
-    sm90::LoadMatrices(codes, tile + row * kBlockK + chunk * 16);
+    sm90::LoadMatrices(codes, tile + row * kBoxBytes + chunk * 16);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 4 * (2 * pair + i / 2) + i % 2;
@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   uint8_t* smem = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(smem_raw) + 1023) & ~uintptr_t{1023});
   constexpr int kValueBytes = kKind == WeightKind::kFp8 ? 1 : 2;
   constexpr int kWeightBytes = SkinnyWeightBytes(kValueBytes), kStageBytes = SkinnyStageBytes(kRows, kValueBytes);
+  constexpr int kXBoxBytes = kRows * kBoxBytes;
   constexpr int kSums = kRows / 2;  // a thread's
   constexpr int kOutputsLog2 = std::countr_zero(static_cast<unsigned>(kSkinnyOutputs * kRows));
   // Sums handed over, of every block of K: [blocks][the outputs this CTA closes].
@@ -108,12 +109,19 @@ __global__ void __launch_bounds__(kThreads)
     const int x_column = static_cast<int>(blockIdx.z * a.x_group);
     const auto copy_weight = [&](int i, int stage) {
       sm90::BarrierExpect(full + stage, kStageBytes);
-      sm90::TensorCopy(smem + stage * kStageBytes, &w_map, (first_block + i) * kBlockK, weight_row, full + stage,
-                       sm90::kEvictFirst);
+#pragma unroll
+      for (int box = 0; box < kValueBytes; ++box) {
+        sm90::TensorCopy(smem + stage * kStageBytes + box * kSkinnyOutputs * kBoxBytes, &w_map,
+                         (first_block + i) * kBlockK + box * kHalfK, weight_row, full + stage, sm90::kEvictFirst);
+      }
     };
     const auto copy_x = [&](int i, int stage) {
-      sm90::TensorCopy(smem + stage * kStageBytes + kWeightBytes, &x_map, x_column + (first_block + i) * kBlockK,
-                       first_row, full + stage, sm90::kEvictLast);
+#pragma unroll
+      for (int box = 0; box < 2; ++box) {
+        sm90::TensorCopy(smem + stage * kStageBytes + kWeightBytes + box * kXBoxBytes, &x_map,
+                         x_column + (first_block + i) * kBlockK + box * kHalfK, first_row, full + stage,
+                         sm90::kEvictLast);
+      }
     };
     // Weights do not depend on the kernel before this one; the rows do.
     const int ahead = min(a.stages, count);
@@ -142,24 +150,25 @@ __global__ void __launch_bounds__(kThreads)
   const bool is_consumer = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kConsumerThreads, 0) == 0;
   if (is_consumer && count > 0) {
     sm90::WaitForPreviousKernel();
-    const uint8_t* w_scales = a.w_scales + static_cast<int64_t>(first_output / 128) * ((a.blocks + 1) / 2);
+    const uint8_t* w_scales = a.w_scales + static_cast<int64_t>(first_output / 128) * a.blocks;
     int stage = 0, done = 0;  // next to read, next to release
     uint32_t parity = 0;
 
-    const auto issue = [&](float* sum, uint32_t (&widened)[16]) {
+    const auto issue = [&](float* sum, uint32_t (&widened)[32]) {
       sm90::BarrierWait(full + stage, parity);
       const uint8_t* weights = smem + stage * kStageBytes;
-      const uint64_t x = sm90::TileDescriptor(weights + kWeightBytes);
-      if constexpr (kKind == WeightKind::kFp8) {
-        WidenWeights(weights, widened);
-        sm90::ProductFence();
+      if constexpr (kKind == WeightKind::kFp8) WidenWeights(weights, widened);
+      sm90::ProductFence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) sm90::Product<kRows>::Bf16(sum, widened + 4 * k, x + 2 * k, k > 0);
-      } else {
-        const uint64_t w = sm90::TileDescriptor(weights);
-        sm90::ProductFence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sm90::Product<kRows>::Bf16(sum, w + 2 * k, x + 2 * k, k > 0);
+      for (int k = 0; k < 8; ++k) {
+        // Sixteen of K are 32 bytes of a box.
+        const uint64_t x = sm90::TileDescriptor(weights + kWeightBytes + k / 4 * kXBoxBytes) + k % 4 * 2;
+        if constexpr (kKind == WeightKind::kFp8) {
+          sm90::Product<kRows>::Bf16(sum, widened + 4 * k, x, k > 0);
+        } else {
+          const uint64_t w = sm90::TileDescriptor(weights + k / 4 * kSkinnyOutputs * kBoxBytes) + k % 4 * 2;
+          sm90::Product<kRows>::Bf16(sum, w, x, k > 0);
+        }
       }
       sm90::ProductCommit();
       if (++stage == a.stages) {
@@ -171,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
       if (threadIdx.x % 32 == 0) sm90::BarrierArrive(empty + done);
       if (++done == a.stages) done = 0;
       float scale = 1;
-      if constexpr (kKind == WeightKind::kFp8) scale = DecodeE8m0(__ldg(w_scales + (first_block + i) / 2));
+      if constexpr (kKind == WeightKind::kFp8) scale = DecodeE8m0(__ldg(w_scales + first_block + i));
         // A power of two: the multiplication is exact, so a fused multiply-add and the two steps apart agree.
 #pragma unroll
       for (int v = 0; v < kSums; ++v) {
@@ -185,7 +194,7 @@ __global__ void __launch_bounds__(kThreads)
 
     // While the tensor cores sum one block, the one before is finished.
     float sum[2][kSums] = {};
-    uint32_t widened[2][16];
+    uint32_t widened[2][32];
     issue(sum[0], widened[0]);
     int i = 1;
     for (; i + 1 < count; i += 2) {
@@ -231,7 +240,7 @@ template <WeightKind kKind, int kRows, bool kShared>
 void Launch(const DenseProduct& p, const LinearPlan& plan, cudaStream_t stream) {
   constexpr bool kFp8 = kKind == WeightKind::kFp8;
   const CUtensorMap w_map = MakeTensorMap(kFp8 ? TensorElement::kByte : TensorElement::kBf16, p.w.data,
-                                          p.groups * p.w.n, p.w.k, p.w.k, kSkinnyOutputs, kFp8 ? kBlockK : kBlockBytes);
+                                          p.groups * p.w.n, p.w.k, p.w.k, kSkinnyOutputs);
   const CUtensorMap x_map = MakeTensorMap(TensorElement::kBf16, p.x.data, p.rows, p.groups * p.w.k, p.x.ld, kRows);
   SkinnyArgs a;
   a.rows = p.rows;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dense products of many rows: 128 x 128 tiles of the output, BF16, bound by the tensor cores.
 //
-// One CTA a multiprocessor walks over tiles. A producer thread copies 128 rows of x and 128 of the weight, 128 bytes of
-// K each, into a ring of stages; two consumer warpgroups of 64 rows multiply. Two CTAs of a cluster take two tiles that
+// One CTA a multiprocessor walks over tiles. A producer thread copies 128 rows of x and 128 of the weight, half a block
+// of K each, into a ring of stages; two consumer warpgroups of 64 rows multiply. Two CTAs of a cluster take two tiles that
 // share the weight rows: each copies half of them to both, since one multiprocessor's share of the L2 cache's bandwidth
 // would not feed the tensor cores. Each warpgroup has two sets of accumulators: while the tensor cores sum block b into
 // one, it promotes block b - 1 from the other (FP32 addition), so promotion costs no tensor time. FP8 weights are widened
@@ -20,7 +20,7 @@ namespace {
 using sm90::Barrier;
 
 constexpr int kStages = 6;
-constexpr int kOperandBytes = kLargeRows * kBlockBytes;  // of one operand in a stage
+constexpr int kOperandBytes = kLargeRows * kBoxBytes;  // of one operand in a stage
 constexpr int kStageBytes = 2 * kOperandBytes;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = (kConsumers + 1) * 128;
@@ -34,7 +34,7 @@ constexpr int kBand = 8;
 
 struct TileArgs {
   int64_t rows = 0, n = 0;
-  int blocks = 0, groups = 1;
+  int halves = 0, groups = 1;  // halves of blocks of K: stages of a tile
   int row_steps = 0;  // clusters of tiles along the rows
   int output_tiles = 0;
   int64_t x_group = 0;  // elements of x from one group's first column to the next
@@ -57,12 +57,12 @@ __device__ inline TilePlace PlaceOf(const TileArgs& a, int tile) {
   return p;
 }
 
-__device__ inline void MultiplyBlock(float* sums, const uint8_t* x_tile, const uint8_t* w_tile) {
+__device__ inline void MultiplyHalf(float* sums, const uint8_t* x_tile, const uint8_t* w_tile, bool first) {
   const uint64_t x = sm90::TileDescriptor(x_tile), w = sm90::TileDescriptor(w_tile);
   sm90::ProductFence();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    sm90::Product<kLargeOutputs>::Bf16(sums, x + 2 * i, w + 2 * i, i > 0);
+    sm90::Product<kLargeOutputs>::Bf16(sums, x + 2 * i, w + 2 * i, i > 0 || !first);
   }
   sm90::ProductCommit();
 }
@@ -181,18 +181,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int row = (place.row_step * kCluster + rank) * kLargeRows;
         const int weight_row = place.group * static_cast<int>(a.n) + place.output_tile * kLargeOutputs;
         const int x_column = place.group * static_cast<int>(a.x_group);
-        for (int b = 0; b < a.blocks; ++b, ring.Next()) {
+        for (int b = 0; b < a.halves; ++b, ring.Next()) {
           uint8_t* stage = smem + ring.stage * kStageBytes;
           sm90::BarrierWait(empty + ring.stage, ring.parity ^ 1);
           sm90::BarrierExpect(full + ring.stage, kStageBytes);
-          sm90::TensorCopy(stage, &x_map, x_column + b * kBlockK, row, full + ring.stage, sm90::kEvictNormal);
+          sm90::TensorCopy(stage, &x_map, x_column + b * kHalfK, row, full + ring.stage, sm90::kEvictNormal);
           uint8_t* weight = stage + kOperandBytes + rank * (kOperandBytes / kCluster);
           const int share = weight_row + static_cast<int>(rank) * (kLargeOutputs / kCluster);
           if constexpr (kCluster > 1) {
-            sm90::TensorCopyMulticast(weight, &w_map, b * kBlockK, share, full + ring.stage, (1 << kCluster) - 1,
+            sm90::TensorCopyMulticast(weight, &w_map, b * kHalfK, share, full + ring.stage, (1 << kCluster) - 1,
                                       sm90::kEvictNormal);
           } else {
-            sm90::TensorCopy(weight, &w_map, b * kBlockK, share, full + ring.stage, sm90::kEvictNormal);
+            sm90::TensorCopy(weight, &w_map, b * kHalfK, share, full + ring.stage, sm90::kEvictNormal);
           }
         }
       }
@@ -204,21 +204,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     RingPlace ring, done;  // next to read; oldest not released
     float sums[2][kLargeOutputs / 2] = {}, total[kLargeOutputs / 2];
 
-    const auto issue = [&](float* into) {
-      sm90::BarrierWait(full + ring.stage, ring.parity);
-      const uint8_t* stage = smem + ring.stage * kStageBytes;
-      MultiplyBlock(into, stage + warpgroup * (kOperandBytes / kConsumers), stage + kOperandBytes);
-      ring.Next();
+    // A block's products; the last may be half a block.
+    const auto issue = [&](float* into, int halves) {
+      for (int half = 0; half < halves; ++half, ring.Next()) {
+        sm90::BarrierWait(full + ring.stage, ring.parity);
+        const uint8_t* stage = smem + ring.stage * kStageBytes;
+        MultiplyHalf(into, stage + warpgroup * (kOperandBytes / kConsumers), stage + kOperandBytes, half == 0);
+      }
     };
-    const auto release = [&] {
-      if (lane < kCluster) {
+    const auto release = [&](int halves) {
+      for (int half = 0; half < halves; ++half, done.Next()) {
+        if (lane >= kCluster) continue;
         if constexpr (kCluster > 1) {
           sm90::BarrierArriveRemote(empty + done.stage, lane);
         } else {
           sm90::BarrierArrive(empty + done.stage);
         }
       }
-      done.Next();
     };
 
     for (int tile = blockIdx.x / kCluster; tile < num_tiles; tile += gridDim.x / kCluster) {
@@ -227,29 +229,30 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (float& t : total) t = 0;
 
-      issue(sums[0]);
+      const int blocks = (a.halves + 1) / 2, last = a.halves % 2 == 0 ? 2 : 1;  // halves of the last block
+      issue(sums[0], blocks == 1 ? last : 2);
       int b = 1;
-      for (; b + 1 < a.blocks; b += 2) {
-        issue(sums[1]);
+      for (; b + 1 < blocks; b += 2) {
+        issue(sums[1], 2);
         sm90::ProductWait<1>();
-        release();
+        release(2);
         Promote(sums[0], total);
-        issue(sums[0]);
+        issue(sums[0], b + 2 == blocks ? last : 2);
         sm90::ProductWait<1>();
-        release();
+        release(2);
         Promote(sums[1], total);
       }
-      if (b < a.blocks) {
-        issue(sums[1]);
+      if (b < blocks) {
+        issue(sums[1], last);
         sm90::ProductWait<1>();
-        release();
+        release(2);
         Promote(sums[0], total);
         sm90::ProductWait<0>();
-        release();
+        release(last);
         Promote(sums[1], total);
       } else {
         sm90::ProductWait<0>();
-        release();
+        release(last);
         Promote(sums[0], total);
       }
       StoreTile(a, place, first_row, total);
@@ -297,7 +300,7 @@ void Launch(const DenseProduct& p, const LinearPlan& plan, int multiprocessors, 
   TileArgs a;
   a.rows = p.rows;
   a.n = p.w.n;
-  a.blocks = plan.blocks;
+  a.halves = static_cast<int>((p.w.k + kHalfK - 1) / kHalfK);
   a.groups = p.groups;
   a.row_steps = static_cast<int>((p.rows + kLargeRows * kCluster - 1) / (kLargeRows * kCluster));
   a.output_tiles = static_cast<int>((p.w.n + kLargeOutputs - 1) / kLargeOutputs);
