@@ -17,6 +17,11 @@ namespace {
 // Index scores of a tile of rows may take this much; longer contexts are scored in more tiles of fewer rows.
 constexpr int64_t kScoreBytes = 256 << 20;
 
+// Places of the longest list that attention of this kind can meet.
+int64_t MaxPlaces(LayerKind kind, const ModelConfig& c, const ForwardLimits& limits) {
+  return kWindow + (kind == LayerKind::kCsa ? c.index_topk : kind == LayerKind::kHca ? limits.max_tokens / 128 : 0);
+}
+
 RopeTable Table(const ModelConfig& config, bool compressed) {
   RopeTable table;
   std::copy_n(MakeRope(config, compressed).f, 32, table.f);
@@ -59,6 +64,8 @@ CudaForward::Activations CudaForward::LayOut(Bump& bump, const ModelConfig& c, c
   a.selection.topk = c.index_topk;
   a.selection.entries = bump.Take<int32_t>(t * c.index_topk);
   a.selection.counts = bump.Take<int32_t>(t);
+  const int64_t max_places = std::max(MaxPlaces(LayerKind::kCsa, c, limits), MaxPlaces(LayerKind::kHca, c, limits));
+  a.attention_workspace = bump.Take<uint8_t>(SparseAttentionWorkspaceBytes(t, static_cast<int>(heads), max_places));
   a.gate_logits = bump.Take<float>(t * c.n_routed_experts);
   a.experts = bump.Take<int32_t>(t * k);
   a.expert_weights = bump.Take<float>(t * k);
@@ -187,7 +194,8 @@ void CudaForward::Attention(int layer, const LayerWeights& w, const PassView& pa
     if (hooks != nullptr) hooks->OnSelection(layer, a_.selection, rows);
   }
 
-  SparseAttention(kind, pass, page, a_.q, heads, w.attn_sink, a_.keys, a_.selection, rope, a_.attn, s);
+  SparseAttention(kind, pass, page, a_.q, heads, w.attn_sink, a_.keys, a_.selection, rope,
+                  MaxPlaces(kind, config_, limits_), a_.attention_workspace, a_.attn, s);
 
   // Output: each group of heads through its own low-rank matrix, then one linear back to the hidden size.
   const int64_t z_width = int64_t{config_.o_groups} * config_.o_lora_rank;

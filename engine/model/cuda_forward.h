@@ -75,6 +75,7 @@ class CudaForward {
     Bf16 *index_q = nullptr, *index_weights = nullptr;
     IndexWorkspace index;
     SelectionView selection;
+    uint8_t* attention_workspace = nullptr;
     float* gate_logits = nullptr;
     int32_t* experts = nullptr;
     float* expert_weights = nullptr;
