@@ -2,9 +2,7 @@
 // Attention core on the device: window, then entries, one softmax with the sink, inverse RoPE on the output. Twin of
 // SparseAttention in ops.h in `release` numerics; contracts as in cuda_linear.h.
 //
-// One difference from the twin: a probability is rounded relative to the maximum of its chunk of 64 places, not of its
-// segment (docs/adr/0003-segment-maximum.md), so that keys are read once. Bits depend on the row's list only: neither
-// on the other rows nor on whether the list is split.
+// Bits depend on the row's list only: neither on the other rows nor on whether the list is split.
 #pragma once
 
 #include <algorithm>

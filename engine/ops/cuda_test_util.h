@@ -117,11 +117,6 @@ inline void FillPages(Buffer<uint8_t>& pages, int num_pages, const CacheLayout& 
   }
 }
 
-// Relative norm of the difference of two attentions over the same list that round their probabilities to BF16 relative
-// to other maxima. Each is as far from one that does not round as from the other: up to 2.3e-3 where logits are flat,
-// as random queries make them, and less where some keys weigh more.
-inline constexpr double kOtherProbabilities = 3e-3;
-
 // First index whose bits differ, or -1.
 inline int64_t FirstDifference(const std::vector<float>& a, const std::vector<float>& b) {
   if (a.size() != b.size()) return static_cast<int64_t>(std::min(a.size(), b.size()));

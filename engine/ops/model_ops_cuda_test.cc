@@ -478,7 +478,8 @@ TEST_F(CudaModelOps, AttentionAgreesForEveryLayerKind) {
     SparseAttention(config_.layer_kinds[layer], pass->device, layout_.page_layers[layer], device_q.data(), 8,
                     device_sink.data(), keys.data(), {device_entries.data(), device_counts.data(), topk},
                     pass->rope_view(), kWindow + topk, nullptr, out.data(), stream());
-    EXPECT_LT(RelativeNorm(FromDeviceBf16(out.Fetch()), expected), kOtherProbabilities);
+    // P is rounded to BF16 relative to a maximum that differs by an ulp: more values round otherwise than elsewhere.
+    EXPECT_LT(RelativeNorm(FromDeviceBf16(out.Fetch()), expected), 2e-3);
   }
 }
 
@@ -532,7 +533,8 @@ TEST_F(CudaModelOps, AttentionMergesSegmentsAsTheCpuDoes) {
   SparseAttention(LayerKind::kCsa, device, layout.page_layers[1], device_q.data(), 8, device_sink.data(), keys.data(),
                   {entries.data(), counts.data(), static_cast<int>(kEntries)}, {device_cos.data(), device_sin.data()},
                   kPlaces, workspace.data(), out.data(), stream());
-  EXPECT_LT(RelativeNorm(FromDeviceBf16(out.Fetch()), expected), kOtherProbabilities);
+  // P is rounded to BF16 relative to a maximum that differs by an ulp: more values round otherwise than elsewhere.
+  EXPECT_LT(RelativeNorm(FromDeviceBf16(out.Fetch()), expected), 2e-3);
 }
 
 TEST_F(CudaModelOps, GateChoosesTheCpusExperts) {

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention core on tensor cores: one block per (row, 32 heads), BF16 products summed in FP32, each key read once.
+// Attention core on tensor cores: one block per (row, 32 heads), BF16 products summed in FP32.
 //
-// The list of a row is its 128 window slots, oldest first, then its entries ascending, in chunks of 64 places. A chunk
-// is closed by itself: logits, softmax relative to the chunk's own maximum, probabilities rounded to BF16, their
-// unrounded sum, values from zero. Chunks merge in ascending order (Merge), those wholly before the sequence are not
-// visited. Everything is cut by place in the list, so the bits depend on the row's list only, whatever else is in the
-// pass. Where rows are few (SparseAttentionGroups) a block takes only some of the chunks and leaves each one's maximum,
-// sum and values in the workspace, and CombineKernel merges them by the same functions: the same bits again.
+// The list of a row is its 128 window slots, oldest first, then its entries ascending, in chunks of 64 places; a
+// segment is 18 chunks. A segment is walked twice: first for its logits' maximum, then chunk by chunk for logits again,
+// probabilities relative to the segment's maximum, rounded to BF16 (docs/adr/0003-segment-maximum.md), their unrounded
+// sum, and values from zero. Keeping the logits would take more shared memory than there is, beside keys for 32 heads.
+// Chunks merge in ascending order (Merge), those wholly before the sequence are not visited. Everything is cut by place
+// in the list, so the bits depend on the row's list only, whatever else is in the pass. Where rows are few
+// (SparseAttentionGroups) a block takes only some of the chunks: one launch leaves each chunk's maximum in the
+// workspace, a second its sum and values, and CombineKernel merges them by the same functions: the same bits again.
 //
 // A block has 16 warps. The next chunk's bytes come by cp.async while this one's products run, four keys a warp: window
 // keys are BF16 already and go where the products read them; entries go to `bodies`, whence the same warp widens them.
@@ -17,8 +19,8 @@
 // there, probabilities are there. Rows in shared memory are padded so that neither ldmatrix nor the parts of logits
 // meet a bank twice.
 //
-// Bound, by count and not by profile, in cycles of shared memory a chunk: logits 1,000 for keys and 600 for the parts,
-// values 1,000, widening 800; the products themselves would take half of that.
+// Bound, by count and not by profile, in cycles of shared memory a chunk: each walk 1,600 for logits (keys 1,000, parts
+// 600) and 800 to widen, the second 1,000 more for values; the products themselves would take half of that.
 #include "engine/device/cuda_device.h"
 #include "engine/ops/cuda_entry.cuh"
 #include "engine/ops/cuda_sparse_attention.h"
@@ -29,6 +31,7 @@ namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kHeads = kAttentionHeads, kChunk = kAttentionChunk;
+constexpr int kSegment = 18;  // chunks
 constexpr int kWindowChunks = kWindow / kChunk;
 constexpr int kEntryBody = kPlainDim + 2 * kRopeDim;
 constexpr int kPieces = kHeadDim / 8;          // of a key, eight values or 16 bytes of BF16 each
@@ -67,12 +70,29 @@ __device__ inline RowList ListOf(LayerKind kind, int position, const SelectionVi
   return {kWindow + entries, max(kWindow - 1 - position, 0)};
 }
 
-// Unmerged chunks of a pass; `values` null: none are kept, the block merges what it walks.
+// What a launch does with the chunks of a list: everything, or one of the two walks of a list that is split.
+enum class Walk { kWhole, kMaxima, kValues };
+
+// Unmerged chunks of a pass whose lists are split.
 struct Partials {
-  float* values;  // [rows, heads, chunks, 512]
-  float2* stats;  // [rows, heads, chunks]: maximum and sum
-  int chunks;     // of the longest list there can be
+  float* values;         // [rows, heads, chunks, 512]
+  float *maxima, *sums;  // [rows, heads, chunks]
+  int chunks;            // of the longest list there can be
 };
+
+// A block's way through a list: chunks apart by `step`, or, whole, each segment's for its maximum and then for its
+// values.
+struct Step {
+  int chunk;
+  bool values;
+};
+__device__ inline Step Next(const RowList& list, Walk walk, int step, Step s) {
+  if (walk != Walk::kWhole) return {s.chunk + step, s.values};
+  const int begin = s.chunk / kSegment * kSegment, end = min(begin + kSegment, list.chunks());
+  if (s.chunk + 1 < end) return {s.chunk + 1, s.values};
+  if (s.values) return {end, false};
+  return {max(begin, list.first_chunk()), true};
+}
 
 // The state of one head. Roundings are spelled out: the compiler must not fuse in one kernel what it does not in the
 // other.
@@ -225,16 +245,17 @@ __device__ inline void WidenKeys(const RowList& list, int chunk, Bf16 (*keys)[kK
 // In a product's result, a lane has rows lane / 4 and lane / 4 + 8, columns 2 * (lane % 4) and the next.
 __global__ void __launch_bounds__(kThreads, 1)
     AttentionKernel(LayerKind kind, PassView pass, PageLayerLayout page, const Bf16* q, int heads, const float* sink,
-                    const Bf16* window_keys, SelectionView selection, RopeView rope, Partials partials, Bf16* out) {
+                    const Bf16* window_keys, SelectionView selection, RopeView rope, Walk walk, Partials partials,
+                    Bf16* out) {
   extern __shared__ __align__(16) uint8_t smem_bytes[];
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   const int64_t row = blockIdx.x;
   const int first_head = static_cast<int>(blockIdx.y) * kHeads, num_heads = min(kHeads, heads - first_head);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = static_cast<int>(gridDim.z);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, apart = static_cast<int>(gridDim.z);
   const int position = pass.positions[row], sequence_index = pass.row_sequence[row];
   const RowList list = ListOf(kind, position, selection, row);
-  int chunk = list.first_chunk() + static_cast<int>(blockIdx.z);
-  if (chunk >= list.chunks()) return;
+  Step step{list.first_chunk() + static_cast<int>(blockIdx.z), walk == Walk::kValues};
+  if (step.chunk >= list.chunks()) return;
   const SequenceView& sequence = pass.sequences[sequence_index];
   const KeySource source{list,
                          window_keys + WindowRow(sequence, sequence_index, position - (kWindow - 1)) * kHeadDim,
@@ -247,9 +268,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                          page.entries > 0 ? 31 - __clz(page.entries) : 0};
 
   // Look-ups run ahead of copies: an entry two chunks, its place one.
-  source.Fetch(chunk, source.Place(source.Entry(chunk)), smem.keys[0], smem);
-  int entry = source.Entry(chunk + step), place = source.Place(entry);
-  entry = source.Entry(chunk + 2 * step);
+  source.Fetch(step.chunk, source.Place(source.Entry(step.chunk)), smem.keys[0], smem);
+  Step ahead = Next(list, walk, apart, step);
+  int entry = source.Entry(ahead.chunk), place = source.Place(entry);
+  ahead = Next(list, walk, apart, ahead);
+  entry = source.Entry(ahead.chunk);
 
   // This warp's part of the queries, heads that do not exist as zeros.
   const int logit_heads = warp / (kWarps / 2) * kPartHeads, logit_keys = warp / kParts % 2 * kPartKeys,
@@ -266,15 +289,32 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   Running running[kHeadsPerWarp];
+  float segment_max[kHeadsPerWarp] = {-INFINITY, -INFINITY};
+  static_assert(kHeadsPerWarp == 2);
   float o[kHeads / 16][kDimsPerWarp / 8][4] = {};
-  for (int buffer = 0; chunk < list.chunks(); chunk += step, buffer ^= 1) {
+  for (int buffer = 0; step.chunk < list.chunks(); step = Next(list, walk, apart, step), buffer ^= 1) {
+    const int chunk = step.chunk;
     WaitForCopies();
     __syncwarp();
     if (chunk >= kWindowChunks) WidenKeys(list, chunk, smem.keys[buffer], smem);
     __syncthreads();  // this chunk's keys are there; nobody reads the last one's
-    source.Fetch(chunk + step, place, smem.keys[buffer ^ 1], smem);
+    source.Fetch(Next(list, walk, apart, step).chunk, place, smem.keys[buffer ^ 1], smem);
     place = source.Place(entry);
-    entry = source.Entry(chunk + 3 * step);
+    ahead = Next(list, walk, apart, ahead);
+    entry = source.Entry(ahead.chunk);
+
+    // The segment's maximum, one chunk a lane, or where it begins.
+    const int begin = chunk / kSegment * kSegment;
+#pragma unroll
+    for (int i = 0; i < kHeadsPerWarp; ++i) {
+      if (walk == Walk::kValues) {
+        const int h = warp * kHeadsPerWarp + i, other = begin + lane;
+        const bool there = h < num_heads && lane < kSegment && other >= list.first_chunk() && other < list.chunks();
+        segment_max[i] = there ? partials.maxima[(row * heads + first_head + h) * partials.chunks + other] : -INFINITY;
+      } else if (!step.values && chunk == max(begin, list.first_chunk())) {
+        segment_max[i] = -INFINITY;
+      }
+    }
 
     {
       float c[kPartKeys / 8][4] = {};
@@ -313,14 +353,22 @@ __global__ void __launch_bounds__(kThreads, 1)
       const bool valid[2] = {j >= first && j < end, j + 1 >= first && j + 1 < end};
       const float logit[2] = {__fmul_rn(scale, __fadd_rn(__fadd_rn(x[0].x, x[1].x), __fadd_rn(x[2].x, x[3].x))),
                               __fmul_rn(scale, __fadd_rn(__fadd_rn(x[0].y, x[1].y), __fadd_rn(x[2].y, x[3].y)))};
-      const float max = WarpMax(fmaxf(valid[0] ? logit[0] : -INFINITY, valid[1] ? logit[1] : -INFINITY));
+      if (!step.values) {
+        const float max = WarpMax(fmaxf(valid[0] ? logit[0] : -INFINITY, valid[1] ? logit[1] : -INFINITY));
+        segment_max[i] = fmaxf(segment_max[i], max);
+        if (walk == Walk::kMaxima && lane == 0 && h < num_heads) {
+          partials.maxima[(row * heads + first_head + h) * partials.chunks + chunk] = max;
+        }
+        continue;
+      }
+      const float max = walk == Walk::kValues ? WarpMax(segment_max[i]) : segment_max[i];
       const float p0 = valid[0] ? ExpOrZero(__fsub_rn(logit[0], max)) : 0.0f;
       const float p1 = valid[1] ? ExpOrZero(__fsub_rn(logit[1], max)) : 0.0f;
       const float sum = WarpSum(__fadd_rn(p0, p1));
       *reinterpret_cast<__nv_bfloat162*>(&smem.probabilities[h][j]) = {ToBf16(p0), ToBf16(p1)};
-      if (partials.values != nullptr) {
+      if (walk == Walk::kValues) {
         if (lane == 0 && h < num_heads) {
-          partials.stats[(row * heads + first_head + h) * partials.chunks + chunk] = {max, sum};
+          partials.sums[(row * heads + first_head + h) * partials.chunks + chunk] = sum;
         }
       } else {
         const MergeFactors f = Merge(running[i], max, sum);
@@ -330,6 +378,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     }
+    if (!step.values) continue;
     __syncthreads();  // probabilities and factors are there
 
     float value[kHeads / 16][kDimsPerWarp / 8][4] = {};
@@ -356,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int h = m * 16 + lane / 4 + half * 8;
-        if (partials.values != nullptr) {
+        if (walk == Walk::kValues) {
           if (h >= num_heads) continue;
           float* to = partials.values + ((row * heads + first_head + h) * partials.chunks + chunk) * kHeadDim +
                       warp * kDimsPerWarp + lane % 4 * 2;
@@ -375,7 +424,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
-  if (partials.values != nullptr) return;
+  if (walk != Walk::kWhole) return;
 
   if (lane == 0) {
 #pragma unroll
@@ -411,23 +460,28 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int dim = static_cast<int>(threadIdx.x) * 4;
   const RowList list = ListOf(kind, pass.positions[row], selection, row);
   const float* values = partials.values + at * partials.chunks * kHeadDim + dim;
-  const float2* stats = partials.stats + at * partials.chunks;
+  const float *maxima = partials.maxima + at * partials.chunks, *sums = partials.sums + at * partials.chunks;
   Running running;
-  float o[4] = {};
+  float o[4] = {}, max = -INFINITY;
   constexpr int kInFlight = 8;
   for (int chunk = list.first_chunk(); chunk < list.chunks(); chunk += kInFlight) {
     float4 v[kInFlight];
-    float2 s[kInFlight];
+    float sum[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       if (chunk + i >= list.chunks()) break;
       v[i] = *reinterpret_cast<const float4*>(values + static_cast<int64_t>(chunk + i) * kHeadDim);
-      s[i] = stats[chunk + i];
+      sum[i] = sums[chunk + i];
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       if (chunk + i >= list.chunks()) break;
-      const MergeFactors f = Merge(running, s[i].x, s[i].y);
+      if (chunk + i == list.first_chunk() || (chunk + i) % kSegment == 0) {
+        const int end = min((chunk + i) / kSegment * kSegment + kSegment, list.chunks());
+        max = -INFINITY;
+        for (int j = chunk + i; j < end; ++j) max = fmaxf(max, maxima[j]);
+      }
+      const MergeFactors f = Merge(running, max, sum[i]);
       o[0] = MergeValue(o[0], f.keep, v[i].x, f.add);
       o[1] = MergeValue(o[1], f.keep, v[i].y, f.add);
       o[2] = MergeValue(o[2], f.keep, v[i].z, f.add);
@@ -450,18 +504,22 @@ void SparseAttention(LayerKind kind, const PassView& pass, const PageLayerLayout
       cudaFuncSetAttribute(AttentionKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Smem));
   CUDA_CHECK(allowed);
   const int groups = workspace == nullptr ? 1 : SparseAttentionGroups(pass.num_rows, heads, max_places);
-  Partials partials{nullptr, nullptr, 0};
-  if (groups > 1) {
-    partials.chunks = static_cast<int>(SparseAttentionChunks(max_places));
-    partials.values = reinterpret_cast<float*>(workspace);
-    partials.stats = reinterpret_cast<float2*>(partials.values + pass.num_rows * heads * partials.chunks * kHeadDim);
-  }
   const auto rows = static_cast<unsigned>(pass.num_rows);
   const dim3 grid(rows, static_cast<unsigned>((heads + kHeads - 1) / kHeads), static_cast<unsigned>(groups));
-  AttentionKernel<<<grid, kThreads, sizeof(Smem), stream>>>(kind, pass, page, q, heads, sink, keys, selection, rope,
-                                                            partials, out);
-  CUDA_CHECK(cudaGetLastError());
-  if (groups == 1) return;
+  Partials partials{};
+  const auto launch = [&](Walk walk) {
+    AttentionKernel<<<grid, kThreads, sizeof(Smem), stream>>>(kind, pass, page, q, heads, sink, keys, selection, rope,
+                                                              walk, partials, out);
+    CUDA_CHECK(cudaGetLastError());
+  };
+  if (groups == 1) return launch(Walk::kWhole);
+  partials.chunks = static_cast<int>(SparseAttentionChunks(max_places));
+  const int64_t chunks = pass.num_rows * heads * partials.chunks;
+  partials.values = reinterpret_cast<float*>(workspace);
+  partials.maxima = partials.values + chunks * kHeadDim;
+  partials.sums = partials.maxima + chunks;
+  launch(Walk::kMaxima);
+  launch(Walk::kValues);
   CombineKernel<<<dim3(rows, static_cast<unsigned>(heads)), kCombineThreads, 0, stream>>>(
       kind, pass, heads, sink, selection, rope, partials, out);
   CUDA_CHECK(cudaGetLastError());
