@@ -267,14 +267,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                          page.scales,
                          page.entries > 0 ? 31 - __clz(page.entries) : 0};
 
-  // Look-ups run ahead of copies: an entry two chunks, its place one.
-  source.Fetch(step.chunk, source.Place(source.Entry(step.chunk)), smem.keys[0], smem);
-  Step ahead = Next(list, walk, apart, step);
-  int entry = source.Entry(ahead.chunk), place = source.Place(entry);
-  ahead = Next(list, walk, apart, ahead);
-  entry = source.Entry(ahead.chunk);
-
-  // This warp's part of the queries, heads that do not exist as zeros.
+  // This warp's part of the queries, heads that do not exist as zeros. Asked for before keys, whose places take two
+  // loads.
   const int logit_heads = warp / (kWarps / 2) * kPartHeads, logit_keys = warp / kParts % 2 * kPartKeys,
             part = warp % kParts;
   uint32_t query[kPartDims / 16][4];
@@ -287,6 +281,13 @@ __global__ void __launch_bounds__(kThreads, 1)
           h < num_heads ? *reinterpret_cast<const uint32_t*>(q + (row * heads + first_head + h) * kHeadDim + dim) : 0;
     }
   }
+
+  // Look-ups run ahead of copies: an entry two chunks, its place one.
+  source.Fetch(step.chunk, source.Place(source.Entry(step.chunk)), smem.keys[0], smem);
+  Step ahead = Next(list, walk, apart, step);
+  int entry = source.Entry(ahead.chunk), place = source.Place(entry);
+  ahead = Next(list, walk, apart, ahead);
+  entry = source.Entry(ahead.chunk);
 
   Running running[kHeadsPerWarp];
   float segment_max[kHeadsPerWarp] = {-INFINITY, -INFINITY};
