@@ -21,6 +21,11 @@ constexpr int64_t kScoreBytes = 256 << 20;
 // Where the part after one of `n` rows starts in a stack of FP8 weights.
 int64_t OnBlock(int64_t n) { return (n + 127) / 128 * 128; }
 
+// Places of the longest list that attention of this kind can meet.
+int64_t MaxPlaces(LayerKind kind, const ModelConfig& c, const ForwardLimits& limits) {
+  return kWindow + (kind == LayerKind::kCsa ? c.index_topk : kind == LayerKind::kHca ? limits.max_tokens / 128 : 0);
+}
+
 RopeTable Table(const ModelConfig& config, bool compressed) {
   RopeTable table;
   std::copy_n(MakeRope(config, compressed).f, 32, table.f);
@@ -65,6 +70,8 @@ CudaForward::Activations CudaForward::LayOut(Bump& bump, const ModelConfig& c, c
   a.selection.topk = c.index_topk;
   a.selection.entries = bump.Take<int32_t>(t * c.index_topk);
   a.selection.counts = bump.Take<int32_t>(t);
+  const int64_t max_places = std::max(MaxPlaces(LayerKind::kCsa, c, limits), MaxPlaces(LayerKind::kHca, c, limits));
+  a.attention_workspace = bump.Take<uint8_t>(SparseAttentionWorkspaceBytes(t, static_cast<int>(heads), max_places));
   a.gate_logits = bump.Take<float>(t * c.n_routed_experts);
   a.experts = bump.Take<int32_t>(t * k);
   a.expert_weights = bump.Take<float>(t * k);
@@ -201,7 +208,8 @@ void CudaForward::Attention(int layer, const LayerWeights& w, const PassView& pa
     if (hooks != nullptr) hooks->OnSelection(layer, a_.selection, rows);
   }
 
-  SparseAttention(kind, pass, page, a_.q, heads, w.attn_sink, a_.keys, a_.selection, rope, a_.attn, s);
+  SparseAttention(kind, pass, page, a_.q, heads, w.attn_sink, a_.keys, a_.selection, rope,
+                  MaxPlaces(kind, config_, limits_), a_.attention_workspace, a_.attn, s);
 
   // Output: each group of heads through its own low-rank matrix, then one linear back to the hidden size.
   const int64_t z_width = int64_t{config_.o_groups} * config_.o_lora_rank;

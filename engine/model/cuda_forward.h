@@ -77,6 +77,7 @@ class CudaForward {
     Bf16 *q = nullptr, *attn = nullptr, *low_rank = nullptr, *keys = nullptr;
     IndexWorkspace index;
     SelectionView selection;
+    uint8_t* attention_workspace = nullptr;
     float* gate_logits = nullptr;
     int32_t* experts = nullptr;
     float* expert_weights = nullptr;

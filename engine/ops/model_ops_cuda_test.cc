@@ -427,28 +427,6 @@ TEST_F(CudaModelOps, CompressorsPoolTheSameEntriesForAnyCut) {
   }
 }
 
-// Fills every page with entries and keys that could be there.
-void FillPages(Buffer<uint8_t>& pages, int num_pages, const CacheLayout& layout) {
-  std::mt19937 random(30);
-  for (int p = 0; p < num_pages; ++p) {
-    for (const PageLayerLayout& l : layout.page_layers) {
-      uint8_t* base = pages.data() + p * layout.page_bytes;
-      for (int e = 0; e < l.entries; ++e) {
-        uint8_t* body = base + l.bodies + e * layout.entry.body_bytes;
-        for (int i = 0; i < 448; ++i) body[i] = static_cast<uint8_t>(random() % 120 | (random() & 0x80));
-        for (int i = 0; i < 64; ++i) {
-          const uint16_t bits = EncodeBf16(static_cast<float>(random() % 1000) / 250 - 2);
-          std::memcpy(body + 448 + 2 * i, &bits, 2);
-        }
-        for (int g = 0; g < 7; ++g) base[l.scales + e * 8 + g] = static_cast<uint8_t>(118 + random() % 3);
-        if (l.kind != LayerKind::kCsa) continue;
-        for (int i = 0; i < 64; ++i) base[l.index_bodies + e * 64 + i] = static_cast<uint8_t>(random());
-        for (int g = 0; g < 4; ++g) base[l.index_scales + e * 4 + g] = static_cast<uint8_t>(124 + random() % 5);
-      }
-    }
-  }
-}
-
 TEST_F(CudaModelOps, IndexerSelectsTheCpusEntries) {
   FillPages(pages_, kPages, layout_);
   UploadCache();
@@ -565,13 +543,13 @@ TEST_F(CudaModelOps, AttentionAgreesForEveryLayerKind) {
     DeviceArray<Bf16> out(rows * 8 * 512);
     SparseAttention(config_.layer_kinds[layer], pass->device, layout_.page_layers[layer], device_q.data(), 8,
                     device_sink.data(), keys.data(), {device_entries.data(), device_counts.data(), topk},
-                    pass->rope_view(), out.data(), stream());
+                    pass->rope_view(), kWindow + topk, nullptr, out.data(), stream());
     // P is rounded to BF16 relative to a maximum that differs by an ulp: more values round otherwise than elsewhere.
     EXPECT_LT(RelativeNorm(FromDeviceBf16(out.Fetch()), expected), 2e-3);
   }
 }
 
-// More entries than a segment holds: 1,152 places are 128 of the window and 1,024 entries.
+// More entries than two of the CPU's segments hold: 1,152 places are 128 of the window and 1,024 entries.
 TEST_F(CudaModelOps, AttentionMergesSegmentsAsTheCpuDoes) {
   ModelConfig config = TestConfig();
   config.layer_kinds = {LayerKind::kHca, LayerKind::kCsa};
@@ -614,11 +592,14 @@ TEST_F(CudaModelOps, AttentionMergesSegmentsAsTheCpuDoes) {
   Selection all{false, {0, kEntries}, std::vector<int32_t>(kEntries)};
   std::iota(all.entries.begin(), all.entries.end(), 0);
   DeviceArray<int32_t> entries(all.entries), counts(std::vector<int32_t>{kEntries});
+  constexpr int64_t kPlaces = kWindow + kEntries;
+  DeviceArray<uint8_t> workspace(SparseAttentionWorkspaceBytes(1, 8, kPlaces));
   std::vector<float> expected(8 * 512);
   ops.SparseAttention(1, host, q.data(), 8, sink.data(), window, all, {cos.data(), sin.data()}, expected.data());
   SparseAttention(LayerKind::kCsa, device, layout.page_layers[1], device_q.data(), 8, device_sink.data(), keys.data(),
                   {entries.data(), counts.data(), static_cast<int>(kEntries)}, {device_cos.data(), device_sin.data()},
-                  out.data(), stream());
+                  kPlaces, workspace.data(), out.data(), stream());
+  // P is rounded to BF16 relative to a maximum that differs by an ulp: more values round otherwise than elsewhere.
   EXPECT_LT(RelativeNorm(FromDeviceBf16(out.Fetch()), expected), 2e-3);
 }
 
