@@ -34,7 +34,7 @@ constexpr int kBand = 8;
 
 struct TileArgs {
   int64_t rows = 0, n = 0;
-  int halves = 0, groups = 1;  // halves of blocks of K: stages of a tile
+  int blocks = 0, groups = 1;
   int row_steps = 0;  // clusters of tiles along the rows
   int output_tiles = 0;
   int64_t x_group = 0;  // elements of x from one group's first column to the next
@@ -57,12 +57,14 @@ __device__ inline TilePlace PlaceOf(const TileArgs& a, int tile) {
   return p;
 }
 
-__device__ inline void MultiplyHalf(float* sums, const uint8_t* x_tile, const uint8_t* w_tile, bool first) {
+// Half a block: the first begins a sum, the second adds to it.
+template <int kHalf>
+__device__ inline void MultiplyHalf(float* sums, const uint8_t* x_tile, const uint8_t* w_tile) {
   const uint64_t x = sm90::TileDescriptor(x_tile), w = sm90::TileDescriptor(w_tile);
   sm90::ProductFence();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    sm90::Product<kLargeOutputs>::Bf16(sums, x + 2 * i, w + 2 * i, i > 0 || !first);
+    sm90::Product<kLargeOutputs>::Bf16(sums, x + 2 * i, w + 2 * i, kHalf > 0 || i > 0);
   }
   sm90::ProductCommit();
 }
@@ -181,18 +183,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int row = (place.row_step * kCluster + rank) * kLargeRows;
         const int weight_row = place.group * static_cast<int>(a.n) + place.output_tile * kLargeOutputs;
         const int x_column = place.group * static_cast<int>(a.x_group);
-        for (int b = 0; b < a.halves; ++b, ring.Next()) {
+        for (int half = 0; half < 2 * a.blocks; ++half, ring.Next()) {
           uint8_t* stage = smem + ring.stage * kStageBytes;
           sm90::BarrierWait(empty + ring.stage, ring.parity ^ 1);
           sm90::BarrierExpect(full + ring.stage, kStageBytes);
-          sm90::TensorCopy(stage, &x_map, x_column + b * kHalfK, row, full + ring.stage, sm90::kEvictNormal);
+          sm90::TensorCopy(stage, &x_map, x_column + half * kHalfK, row, full + ring.stage, sm90::kEvictNormal);
           uint8_t* weight = stage + kOperandBytes + rank * (kOperandBytes / kCluster);
           const int share = weight_row + static_cast<int>(rank) * (kLargeOutputs / kCluster);
           if constexpr (kCluster > 1) {
-            sm90::TensorCopyMulticast(weight, &w_map, b * kHalfK, share, full + ring.stage, (1 << kCluster) - 1,
+            sm90::TensorCopyMulticast(weight, &w_map, half * kHalfK, share, full + ring.stage, (1 << kCluster) - 1,
                                       sm90::kEvictNormal);
           } else {
-            sm90::TensorCopy(weight, &w_map, b * kHalfK, share, full + ring.stage, sm90::kEvictNormal);
+            sm90::TensorCopy(weight, &w_map, half * kHalfK, share, full + ring.stage, sm90::kEvictNormal);
           }
         }
       }
@@ -204,23 +206,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     RingPlace ring, done;  // next to read; oldest not released
     float sums[2][kLargeOutputs / 2] = {}, total[kLargeOutputs / 2];
 
-    // A block's products; the last may be half a block.
-    const auto issue = [&](float* into, int halves) {
-      for (int half = 0; half < halves; ++half, ring.Next()) {
-        sm90::BarrierWait(full + ring.stage, ring.parity);
-        const uint8_t* stage = smem + ring.stage * kStageBytes;
-        MultiplyHalf(into, stage + warpgroup * (kOperandBytes / kConsumers), stage + kOperandBytes, half == 0);
+    const auto stage_of = [&] {
+      sm90::BarrierWait(full + ring.stage, ring.parity);
+      const uint8_t* stage = smem + ring.stage * kStageBytes;
+      ring.Next();
+      return stage;
+    };
+    const auto first_half = [&](float* into) {
+      const uint8_t* stage = stage_of();
+      MultiplyHalf<0>(into, stage + warpgroup * (kOperandBytes / kConsumers), stage + kOperandBytes);
+    };
+    const auto second_half = [&](float* into) {
+      const uint8_t* stage = stage_of();
+      MultiplyHalf<1>(into, stage + warpgroup * (kOperandBytes / kConsumers), stage + kOperandBytes);
+    };
+    const auto release_block = [&] {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (lane < kCluster) {
+          if constexpr (kCluster > 1) {
+            sm90::BarrierArriveRemote(empty + done.stage, lane);
+          } else {
+            sm90::BarrierArrive(empty + done.stage);
+          }
+        }
+        done.Next();
       }
     };
-    const auto release = [&](int halves) {
-      for (int half = 0; half < halves; ++half, done.Next()) {
-        if (lane >= kCluster) continue;
-        if constexpr (kCluster > 1) {
-          sm90::BarrierArriveRemote(empty + done.stage, lane);
-        } else {
-          sm90::BarrierArrive(empty + done.stage);
-        }
-      }
+    // Begins a block in `next` and ends the one in `last`.
+    const auto turn = [&](float* next, const float* last, float* total) {
+      first_half(next);
+      sm90::ProductWait<1>();
+      release_block();
+      second_half(next);
+      Promote(last, total);
     };
 
     for (int tile = blockIdx.x / kCluster; tile < num_tiles; tile += gridDim.x / kCluster) {
@@ -229,30 +248,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (float& t : total) t = 0;
 
-      const int blocks = (a.halves + 1) / 2, last = a.halves % 2 == 0 ? 2 : 1;  // halves of the last block
-      issue(sums[0], blocks == 1 ? last : 2);
+      first_half(sums[0]);
+      second_half(sums[0]);
       int b = 1;
-      for (; b + 1 < blocks; b += 2) {
-        issue(sums[1], 2);
-        sm90::ProductWait<1>();
-        release(2);
-        Promote(sums[0], total);
-        issue(sums[0], b + 2 == blocks ? last : 2);
-        sm90::ProductWait<1>();
-        release(2);
-        Promote(sums[1], total);
+      for (; b + 1 < a.blocks; b += 2) {
+        turn(sums[1], sums[0], total);
+        turn(sums[0], sums[1], total);
       }
-      if (b < blocks) {
-        issue(sums[1], last);
-        sm90::ProductWait<1>();
-        release(2);
-        Promote(sums[0], total);
+      // The accumulators must be named, or they would be memory.
+      if (b < a.blocks) {
+        turn(sums[1], sums[0], total);
         sm90::ProductWait<0>();
-        release(last);
+        release_block();
         Promote(sums[1], total);
       } else {
         sm90::ProductWait<0>();
-        release(last);
+        release_block();
         Promote(sums[0], total);
       }
       StoreTile(a, place, first_row, total);
@@ -300,7 +311,7 @@ void Launch(const DenseProduct& p, const LinearPlan& plan, int multiprocessors, 
   TileArgs a;
   a.rows = p.rows;
   a.n = p.w.n;
-  a.halves = static_cast<int>((p.w.k + kHalfK - 1) / kHalfK);
+  a.blocks = plan.blocks;
   a.groups = p.groups;
   a.row_steps = static_cast<int>((p.rows + kLargeRows * kCluster - 1) / (kLargeRows * kCluster));
   a.output_tiles = static_cast<int>((p.w.n + kLargeOutputs - 1) / kLargeOutputs);
