@@ -44,8 +44,6 @@ CudaForward::Activations CudaForward::LayOut(Bump& bump, const ModelConfig& c, c
   a.sublayer = bump.Take<Bf16>(t * hidden);
   a.u.u = bump.Take<Bf16>(t * hidden);
   a.u.rounded = bump.Take<Bf16>(t * hidden);
-  a.u.codes = bump.Take<uint8_t>(t * hidden);
-  a.u.scales = bump.Take<float>(t * ((hidden + 127) / 128));
   a.post = bump.Take<float>(t * kStreams);
   a.comb = bump.Take<float>(t * kStreams * kStreams);
   a.rounded = bump.Take<Bf16>(t * widest);
@@ -164,8 +162,7 @@ absl::Status CudaForward::Layer(int layer, const LayerWeights& w, const PassView
   const int64_t rows = pass.num_rows, hidden = config_.hidden_size;
   cudaStream_t s = stream_.get();
 
-  HyperConnectionPre(streams, update, w.hc_attn, w.attn_norm, hyper_, rows, hidden, {.u = a_.u.u, .rounded = a_.u.rounded},
-                     a_.post, a_.comb, s);
+  HyperConnectionPre(streams, update, w.hc_attn, w.attn_norm, hyper_, rows, hidden, a_.u, a_.post, a_.comb, s);
   Attention(layer, w, pass, hooks);
   update = {.out = a_.sublayer, .post = a_.post, .comb = a_.comb};
 
@@ -253,8 +250,7 @@ absl::Status CudaForward::Moe(int layer, const LayerWeights& w, const PassView& 
   if (exchange_ != nullptr) {
     return RemoteExperts(layer, rows, [&] { SharedExpert(w, rows, s); });
   }
-  const Fp8Rows u{a_.u.codes, hidden, a_.u.scales, (hidden + 127) / 128};
-  RoutedExperts(w.experts, u, a_.experts, a_.expert_weights, rows, k,
+  RoutedExperts(w.experts, RoundedInput(), a_.experts, a_.expert_weights, rows, k,
                 static_cast<float>(config_.swiglu_limit), a_.expert_workspace, a_.expert_rows, s);
   side_.Join(s);
   return absl::OkStatus();

@@ -94,6 +94,12 @@ __device__ inline uint32_t QuantiseGroup(const float (&v)[4], float& scale) {
   return low | high << 16;
 }
 
+// Four values of a quantised group as BF16, to their FragmentPlace (cuda_quantise.h): pairs, the second eight further.
+__device__ inline void StoreRoundedFour(uint32_t codes, float scale, __nv_bfloat16* at) {
+  reinterpret_cast<uint32_t*>(at)[0] = ScaledBf16Pair(codes, scale);
+  reinterpret_cast<uint32_t*>(at)[4] = ScaledBf16Pair(codes >> 16, scale);
+}
+
 // exp(x) for x <= 0 as the CPU twins have it: 0 below -87.
 __device__ inline float ExpOrZero(float x) { return x > -87.0f ? expf(x) : 0.0f; }
 

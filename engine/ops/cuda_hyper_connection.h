@@ -33,12 +33,9 @@ struct HyperUpdate {
   const float* comb = nullptr;  // [rows, 4, 4] (source, destination)
 };
 
-// The input of a sublayer: u [rows, D], rounded as RoundRows does, and quantised as QuantiseRows does (null: not
-// wanted).
+// The input of a sublayer: u [rows, D], and rounded as RoundRows does.
 struct HyperInput {
   Bf16 *u = nullptr, *rounded = nullptr;
-  uint8_t* codes = nullptr;
-  float* scales = nullptr;
 };
 
 // streams [rows, 4, D], after `update` -> u = RMSNorm(sum_j pre_j X_j) * norm; post [rows, 4]; comb [rows, 4, 4] after

@@ -44,16 +44,8 @@ struct F32Rows {
   int64_t ld = 0;
 };
 
-// Rows quantised per 128 of k: E4M3 codes [rows, ld] and scales [rows, scales_ld], powers of two as F32.
-struct Fp8Rows {
-  const uint8_t* codes = nullptr;
-  int64_t ld = 0;
-  const float* scales = nullptr;
-  int64_t scales_ld = 0;
-};
-
 // Rows of BF16 that a quantiser has rounded through E4M3, each 16 of K in the order of FragmentPlace (cuda_quantise.h):
-// what FP8 weights multiply. ld a multiple of 8.
+// what FP8 weights and experts multiply. ld a multiple of 8.
 struct RoundedRows {
   const Bf16* data = nullptr;
   int64_t ld = 0;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activation quantisation ("actquant128"), alone and joined with what comes before it. Contracts as in cuda_linear.h.
 //
-// What dense FP8 weights multiply are the rounded values: E4M3 codes times the scale of their 128, which BF16 holds
-// exactly, in the order in which the skinny kernel's matrix loads meet FP8 weights. Routed experts take the codes.
+// What FP8 and FP4 weights multiply are the rounded values: E4M3 codes times the scale of their 128, which BF16 holds
+// exactly, in the order in which matrix loads meet FP8 weights.
 #pragma once
 
 #include "engine/ops/cuda_linear.h"
@@ -25,8 +25,5 @@ void NormRound(Bf16Rows x, const float* weight, int64_t rows, int64_t dim, float
 // Of silu(min(gate, limit)) * clamp(up, +-limit), rounded once before.
 void SwiGluRound(Bf16Rows gate, Bf16Rows up, int64_t rows, int64_t width, float limit, Bf16* rounded,
                  cudaStream_t stream);
-
-// Codes [rows, k] and scales [rows, ceil(k / 128)], powers of two as F32.
-void QuantiseRows(Bf16Rows x, int64_t rows, int64_t k, uint8_t* codes, float* scales, cudaStream_t stream);
 
 }  // namespace millrace::cuda

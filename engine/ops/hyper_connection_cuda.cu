@@ -494,13 +494,13 @@ struct Mixer {
           }
           StoreEight(u, a.input.u + row * a.dim + d);
         }
-        if constexpr (!kHead) StoreQuantised(u, row, d, inside);
+        if constexpr (!kHead) StoreRounded(u, row, d, inside);
       }
     }
   }
 
   // A group of 128 is sixteen threads', each with eight values. All of them call it.
-  __device__ void StoreQuantised(const Eight& u, int64_t row, int64_t d, bool inside) {
+  __device__ void StoreRounded(const Eight& u, int64_t row, int64_t d, bool inside) {
     // Of the bits, not the values: a NaN must win so that the scale shows it.
     uint32_t amax = 0;
 #pragma unroll
@@ -524,9 +524,6 @@ struct Mixer {
     *reinterpret_cast<uint2*>(rounded) = {ScaledBf16Pair(codes[0], quantum), ScaledBf16Pair(codes[1], quantum)};
     *reinterpret_cast<uint2*>(rounded + 8) = {ScaledBf16Pair(codes[0] >> 16, quantum),
                                               ScaledBf16Pair(codes[1] >> 16, quantum)};
-    if (a.input.codes == nullptr) return;
-    *reinterpret_cast<uint2*>(a.input.codes + row * a.dim + d) = {codes[0], codes[1]};
-    if (c == 0) a.input.scales[row * ((a.dim + kGroup - 1) / kGroup) + d / kGroup] = quantum;
   }
 };
 

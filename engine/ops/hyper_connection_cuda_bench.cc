@@ -3,7 +3,7 @@
 //
 //   hyper_connection_cuda_bench [CSV [COMMIT]]
 //
-// Floor: the streams read and written once, the sublayer's result and fn read, u and its codes written.
+// Floor: the streams read and written once, the sublayer's result and fn read, u and its rounding written.
 #include <cstdio>
 #include <string>
 
@@ -20,12 +20,11 @@ DeviceBuffer Take(int64_t bytes) { return *DeviceBuffer::Take(bytes, "bench"); }
 
 void Run(int64_t rows, BenchReport& report) {
   // Operands that together exceed the L2 cache.
-  const double bytes = static_cast<double>(rows) * kDim * (16.0 + 2 + 2 + 2 + 1) + 24 * 4 * kDim * 4;
+  const double bytes = static_cast<double>(rows) * kDim * (16.0 + 2 + 2 + 2) + 24 * 4 * kDim * 4;
   const int sets = static_cast<int>(std::clamp(150e6 / bytes, 1.0, 64.0));
   const DeviceBuffer streams = Take(sets * rows * 4 * kDim * 2), out = Take(sets * rows * kDim * 2),
                      fn = Take(sets * 24 * 4 * kDim * 4), norm = Take(kDim * 4), base = Take(256),
-                     coefficients = Take(rows * 20 * 4), u = Take(rows * kDim * 2), rounded = Take(rows * kDim * 2), codes = Take(rows * kDim),
-                     scales = Take(rows * kDim / 128 * 4);
+                     coefficients = Take(rows * 20 * 4), u = Take(rows * kDim * 2), rounded = Take(rows * kDim * 2);
   FillRandomBf16(streams.data(), sets * rows * 4 * kDim, 1, nullptr);
   FillRandomBf16(out.data(), sets * rows * kDim, 2, nullptr);
   // Weights and coefficients of zero take no less time, and keep the streams finite over many repetitions.
@@ -43,7 +42,7 @@ void Run(int64_t rows, BenchReport& report) {
                              f32(coefficients) + rows * 4};
     HyperConnectionPre(bf16(streams) + set * rows * 4 * kDim, update,
                        {f32(fn) + static_cast<int64_t>(set) * 24 * 4 * kDim, f32(base), f32(base) + 32}, f32(norm), {},
-                       rows, kDim, {bf16(u), bf16(rounded), codes.data(), f32(scales)}, f32(coefficients),
+                       rows, kDim, {bf16(u), bf16(rounded)}, f32(coefficients),
                        f32(coefficients) + rows * 4, stream);
   };
   const int launches = static_cast<int>(std::clamp(3000.0 / (bytes / 3e6 + 5), 4.0, 200.0));

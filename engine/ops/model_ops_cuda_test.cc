@@ -251,11 +251,10 @@ TEST_F(CudaModelOps, HyperConnectionsAgree) {
 
       // With a sublayer's result to fold in, whose coefficients the new ones overwrite.
       DeviceArray<Bf16> device_streams(ToDeviceBf16(streams)), device_u(rows * dim), device_out(ToDeviceBf16(out));
-      DeviceArray<float> post(old_post), comb(old_comb), scales(rows * ((dim + 127) / 128));
-      DeviceArray<uint8_t> codes(rows * dim);
+      DeviceArray<float> post(old_post), comb(old_comb);
       DeviceArray<Bf16> rounded(rows * dim), wanted_rounded(rows * dim);
       HyperConnectionPre(device_streams.data(), {device_out.data(), nullptr, 0, post.data(), comb.data()}, device,
-                         device_norm.data(), {}, rows, dim, {device_u.data(), rounded.data(), codes.data(), scales.data()}, post.data(),
+                         device_norm.data(), {}, rows, dim, {device_u.data(), rounded.data()}, post.data(),
                          comb.data(), stream());
       ops.HyperConnectionPost(out.data(), old_post.data(), old_comb.data(), rows, streams.data());
       EXPECT_LT(RelativeNorm(FromDeviceBf16(device_streams.Fetch()), streams), kFewRoundings);
@@ -269,13 +268,8 @@ TEST_F(CudaModelOps, HyperConnectionsAgree) {
       const std::vector<float> found = FromDeviceBf16(device_u.Fetch());
       // One row of 96 values is too few for an ulp here and there not to show.
       EXPECT_LT(RelativeNorm(found, u), rows == 1 ? 2 * kFewRoundings : kFewRoundings);
-      DeviceArray<float> wanted_scales(rows * ((dim + 127) / 128));
-      DeviceArray<uint8_t> wanted_codes(rows * dim);
-      QuantiseRows({device_u.data(), dim}, rows, dim, wanted_codes.data(), wanted_scales.data(), stream());
       RoundRows({device_u.data(), dim}, rows, dim, wanted_rounded.data(), stream());
       EXPECT_EQ(FirstDifference(FromDeviceBf16(rounded.Fetch()), FromDeviceBf16(wanted_rounded.Fetch())), -1);
-      EXPECT_EQ(codes.Fetch(), wanted_codes.Fetch());
-      EXPECT_EQ(FirstDifference(scales.Fetch(), wanted_scales.Fetch()), -1);
 
       millrace::HyperConnectionWeights host_head{
           PackedLinear::FromF32(fn.data(), 4, flat), {base.begin(), base.begin() + 4}, {0.9f}};
@@ -304,15 +298,14 @@ TEST_F(CudaModelOps, HyperConnectionsOfARowHaveTheSameBitsWhateverElseIsThere) {
   const auto run = [&](int64_t first, int64_t rows, bool apart) {
     const std::vector<float> mine(streams.begin() + first * 4 * kDim, streams.begin() + (first + rows) * 4 * kDim);
     DeviceArray<Bf16> x(ToDeviceBf16(mine)), u(rows * kDim), rounded(rows * kDim);
-    DeviceArray<float> post(rows * 4), comb(rows * 16), scales(rows * kDim / 128);
-    DeviceArray<uint8_t> codes(rows * kDim);
+    DeviceArray<float> post(rows * 4), comb(rows * 16);
     HyperUpdate update{out.data() + first * kDim, experts.data() + first * kTop * kDim, kTop,
                        old_post.data() + first * 4, old_comb.data() + first * 16};
     if (apart) {
       HyperConnectionPost(update, rows, kDim, x.data(), stream());
       update = {};
     }
-    HyperConnectionPre(x.data(), update, w, norm.data(), {}, rows, kDim, {u.data(), rounded.data(), codes.data(), scales.data()},
+    HyperConnectionPre(x.data(), update, w, norm.data(), {}, rows, kDim, {u.data(), rounded.data()},
                        post.data(), comb.data(), stream());
     return Result{FromDeviceBf16(x.Fetch()), FromDeviceBf16(u.Fetch()), post.Fetch(), comb.Fetch()};
   };

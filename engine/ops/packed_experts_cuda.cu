@@ -74,16 +74,13 @@ __global__ void __launch_bounds__(kSortThreads)
 
 // Rows of x in the order of places, a warp a row, so that tiles of many tokens are copied as boxes.
 __global__ void __launch_bounds__(kGatherThreads)
-    GatherRowsKernel(Fp8Rows x, const int32_t* order, int top_k, int64_t pairs, int64_t hidden, uint8_t* codes,
-                     float* scales) {
+    GatherRowsKernel(RoundedRows x, const int32_t* order, int top_k, int64_t pairs, int64_t hidden, Bf16* gathered) {
   const int64_t place = (static_cast<int64_t>(blockIdx.x) * kGatherThreads + threadIdx.x) / 32;
   if (place >= pairs) return;
-  const int64_t row = order[place] / top_k, blocks = ExpertBlocks(hidden);
-  const uint4* from = reinterpret_cast<const uint4*>(x.codes + row * x.ld);
-  uint4* to = reinterpret_cast<uint4*>(codes + place * hidden);
+  const uint4* from = reinterpret_cast<const uint4*>(x.data + order[place] / top_k * x.ld);
+  uint4* to = reinterpret_cast<uint4*>(gathered + place * hidden);
 #pragma unroll 4
-  for (int64_t i = threadIdx.x % 32; i < hidden / 16; i += 32) to[i] = from[i];
-  for (int64_t b = threadIdx.x % 32; b < blocks; b += 32) scales[place * blocks + b] = x.scales[row * x.scales_ld + b];
+  for (int64_t i = threadIdx.x % 32; i < hidden / 8; i += 32) to[i] = from[i];
 }
 
 ExpertWorkspace LayOut(Bump& bump, int num_experts, int64_t hidden, int64_t width, int64_t pairs) {
@@ -92,11 +89,9 @@ ExpertWorkspace LayOut(Bump& bump, int num_experts, int64_t hidden, int64_t widt
   w.tiles = bump.Take<PackedExpertTile>(MaxExpertTiles(pairs, num_experts, ExpertTileTokens(ExpertPath::kFew)));
   w.num_tiles = bump.Take<int32_t>(1);
   if (ChooseExpertPath(pairs, num_experts) == ExpertPath::kMany) {
-    w.x_codes = bump.Take<uint8_t>(pairs * hidden);
-    w.x_scales = bump.Take<float>(pairs * ExpertBlocks(hidden));
+    w.gathered = bump.Take<Bf16>(pairs * hidden);
   }
-  w.codes = bump.Take<uint8_t>(pairs * width);
-  w.scales = bump.Take<float>(pairs * ExpertBlocks(width));
+  w.activations = bump.Take<Bf16>(pairs * width);
   return w;
 }
 
@@ -115,10 +110,10 @@ ExpertWorkspace ExpertWorkspaceAt(const ExpertWeights& w, int64_t pairs, void* w
 
 ExpertActivations ExpertActivationsOf(const ExpertWeights& w, int64_t rows, int k, void* workspace) {
   const ExpertWorkspace s = ExpertWorkspaceAt(w, rows * k, workspace);
-  return {s.order, s.codes, s.scales};
+  return {s.order, s.activations};
 }
 
-void RoutedExperts(const ExpertWeights& w, Fp8Rows x, const int32_t* experts, const float* weights,
+void RoutedExperts(const ExpertWeights& w, RoundedRows x, const int32_t* experts, const float* weights,
                          int64_t rows, int k, float limit, void* workspace, Bf16* expert_rows, cudaStream_t stream) {
   if (rows == 0) return;
   CHECK(w.num_experts <= kMaxExperts, "an engine checks this when it is made");
@@ -131,7 +126,7 @@ void RoutedExperts(const ExpertWeights& w, Fp8Rows x, const int32_t* experts, co
   CUDA_CHECK(cudaGetLastError());
   if (path == ExpertPath::kMany) {
     GatherRowsKernel<<<static_cast<unsigned>((pairs * 32 + kGatherThreads - 1) / kGatherThreads), kGatherThreads, 0,
-                       stream>>>(x, s.order, k, pairs, w.hidden, s.x_codes, s.x_scales);
+                       stream>>>(x, s.order, k, pairs, w.hidden, s.gathered);
     CUDA_CHECK(cudaGetLastError());
   }
   ExpertGateUp(path, w, x, rows, weights, k, limit, s, multiprocessors, stream);

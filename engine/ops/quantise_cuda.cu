@@ -26,9 +26,7 @@ __device__ inline void StoreRounded(const Four& x, int64_t row, int64_t k, int64
   const uint32_t codes = QuantiseGroup(x.v, scale);
   const int64_t at = group * kGroup + threadIdx.x % 32 * 4;
   if (at >= k) return;
-  uint32_t* low = reinterpret_cast<uint32_t*>(rounded + row * k + FragmentPlace(at));
-  low[0] = ScaledBf16Pair(codes, scale);
-  low[4] = ScaledBf16Pair(codes >> 16, scale);  // eight values further
+  StoreRoundedFour(codes, scale, rounded + row * k + FragmentPlace(at));
 }
 
 // One warp a group, wherever its row is.
@@ -42,18 +40,6 @@ __device__ inline Place PlaceOf(int64_t warp, int64_t k) {
 }
 __device__ inline int64_t WarpIndex() {
   return (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
-}
-
-__global__ void __launch_bounds__(kThreads)
-    QuantiseKernel(Bf16Rows x, int64_t rows, int64_t k, uint8_t* codes, float* scales) {
-  const Place p = PlaceOf(WarpIndex(), k);
-  if (p.row >= rows) return;
-  Four v = {};
-  if (p.inside) v = LoadFour(x.data + p.row * x.ld + p.at);
-  float scale;
-  const uint32_t packed = QuantiseGroup(v.v, scale);
-  if (p.inside) *reinterpret_cast<uint32_t*>(codes + p.row * k + p.at) = packed;
-  if (threadIdx.x % 32 == 0) scales[p.row * ((k + kGroup - 1) / kGroup) + p.group] = scale;
 }
 
 __global__ void __launch_bounds__(kThreads) RoundKernel(Bf16Rows x, int64_t rows, int64_t k, Bf16* rounded) {
@@ -112,12 +98,6 @@ unsigned Blocks(int64_t rows, int64_t k) {
 }
 
 }  // namespace
-
-void QuantiseRows(Bf16Rows x, int64_t rows, int64_t k, uint8_t* codes, float* scales, cudaStream_t stream) {
-  if (rows == 0) return;
-  QuantiseKernel<<<Blocks(rows, k), kThreads, 0, stream>>>(x, rows, k, codes, scales);
-  CUDA_CHECK(cudaGetLastError());
-}
 
 void RoundRows(Bf16Rows x, int64_t rows, int64_t k, Bf16* rounded, cudaStream_t stream) {
   if (rows == 0) return;
