@@ -192,6 +192,7 @@ void CudaForward::Attention(int layer, const LayerWeights& w, const PassView& pa
   const int64_t q_kv_width = w.q_kv.all.n, q_width = w.q_index.all.n;
   LinearFp8(w.q_kv.all, RoundedInput(), rows, {a_.q_kv, q_kv_width}, a_.scratch[0], s);
   side_.Fork(s);
+  HyperPrefetch(w.hc_ffn, config_.hidden_size, side_.get());
   WindowAppend(pass, layout_.slot_layers[layer], layout_.window_slots, {a_.q_kv + w.q_kv.start[1], q_kv_width},
                w.kv_norm, eps_, rope, a_.keys, side_.get());
   NormRound({a_.q_kv, q_kv_width}, w.q_norm, rows, rank, eps_, a_.rounded, s);
@@ -241,6 +242,9 @@ absl::Status CudaForward::Moe(int layer, const LayerWeights& w, const PassView& 
   cudaStream_t s = stream_.get();
   if (exchange_ == nullptr) {
     side_.Fork(s);
+    if (layer + 1 < config_.num_hidden_layers) {
+      HyperPrefetch(weights_.layers[layer + 1].hc_attn, hidden, side_.get());
+    }
     SharedExpert(w, rows, side_.get());
   }
   LinearBf16(w.gate, {a_.u.u, hidden}, rows, {a_.gate_logits, w.gate.n}, s);

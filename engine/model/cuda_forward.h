@@ -69,7 +69,7 @@ class CudaForward {
     Bf16 *streams = nullptr, *sublayer = nullptr;
     HyperInput u;
     float *post = nullptr, *comb = nullptr;
-    Bf16* rounded = nullptr;  // the widest rounded input of a product behind u
+    Bf16* rounded = nullptr;   // the widest rounded input of a product behind u
     uint8_t* scratch[2] = {};  // of FP8 products, on the main and the side stream
     // Outputs of stacked weights (cuda_weights.h), each row as long as all parts.
     Bf16 *q_kv = nullptr, *q_index = nullptr, *shared_up = nullptr;

@@ -42,7 +42,8 @@ class Loader {
   absl::StatusOr<ModelWeights> Model(bool mtp, bool with_experts) {
     const ModelConfig& config = c_.config();
     if (staging_ != nullptr && with_experts) {
-      ASSIGN_OR_RETURN(raw_expert_, DeviceBuffer::Take(RawExpertBytes(config) + 4, "an expert on its way to be packed"));
+      ASSIGN_OR_RETURN(raw_expert_,
+                       DeviceBuffer::Take(RawExpertBytes(config) + 4, "an expert on its way to be packed"));
       CUDA_CHECK(cudaMemsetAsync(out_of_range(), 0, 4, stream_->get()));
     }
     ModelWeights w;
@@ -104,9 +105,7 @@ class Loader {
     return to;
   }
 
-  Weight Linear(const std::string& name) {
-    return Stack({name}).all;
-  }
+  Weight Linear(const std::string& name) { return Stack({name}).all; }
 
   StackedWeight Stack(const std::vector<std::string>& names) {
     StackedWeight w;
@@ -132,8 +131,8 @@ class Loader {
       if (!fp8) continue;
       const int64_t nans = std::count_if(t.data, t.data + t.bytes, [](uint8_t code) { return (code & 0x7f) == 0x7f; });
       if (nans != 0) {
-        Refuse(absl::InvalidArgumentError(
-            absl::StrCat(names[i], ": ", nans, " of ", t.bytes, " values are not numbers")));
+        Refuse(
+            absl::InvalidArgumentError(absl::StrCat(names[i], ": ", nans, " of ", t.bytes, " values are not numbers")));
       }
       const HostTensor& s = c_.Get(ScaleName(names[i]));
       Copy(scales + w.start[i] / 128 * blocks, s.data, s.bytes);

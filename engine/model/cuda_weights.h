@@ -43,7 +43,7 @@ struct LayerWeights {
   Weight gate;
   const float* gate_bias = nullptr;  // scored layers
   const int32_t* tid2eid = nullptr;  // hash-routed layers
-  StackedWeight shared_up;  // w1, w3
+  StackedWeight shared_up;           // w1, w3
   Weight shared_w2;
   ExpertWeights experts;  // none if experts run elsewhere
 };

@@ -177,8 +177,8 @@ constexpr int kCsaThreads = 128;
 // One block a row; only rows that close a block of four have anything to do.
 __global__ void __launch_bounds__(kCsaThreads)
     CsaEntriesKernel(PassView pass, PageLayerLayout page, SlotLayerLayout slot, F32Rows kv, F32Rows score,
-                     F32Rows index_kv, F32Rows index_score, PoolWeights main, PoolWeights index,
-                     RopeTable rope, float eps) {
+                     F32Rows index_kv, F32Rows index_score, PoolWeights main, PoolWeights index, RopeTable rope,
+                     float eps) {
   __shared__ float pooled[kHeadDim], pooled_index[kIndexDim];
   __shared__ float cos[2][32], sin[2][32];
   const int64_t position = pass.positions[blockIdx.x];
@@ -206,13 +206,15 @@ __global__ void __launch_bounds__(kCsaThreads)
 
 // Pending rows after the pass: cur[j] is the newest row of position j mod 4, prev the first halves of the last closed
 // block. Each (j, channel) is one thread's, so reading cur before writing it needs no barrier.
-__device__ inline void UpdatePending(const SequenceView& s, int64_t dim, F32Rows kv, F32Rows score,
-                                     const float* ape, float* prev, float* cur) {
+__device__ inline void UpdatePending(const SequenceView& s, int64_t dim, F32Rows kv, F32Rows score, const float* ape,
+                                     float* prev, float* cur) {
   const int64_t width = 2 * dim, end = s.start + s.count, closed = end / 4;
   for (int64_t i = threadIdx.x; i < 4 * width; i += blockDim.x) {
     const int64_t j = i / width, c = i % width;
     const auto new_kv = [&](int64_t q) { return kv.data[(s.row + q - s.start) * kv.ld + c]; };
-    const auto new_score = [&](int64_t q) { return score.data[(s.row + q - s.start) * score.ld + c] + ape[j * width + c]; };
+    const auto new_score = [&](int64_t q) {
+      return score.data[(s.row + q - s.start) * score.ld + c] + ape[j * width + c];
+    };
     if (closed > s.start / 4 && c < dim) {
       const int64_t q = 4 * (closed - 1) + j;
       prev[j * dim + c] = q >= s.start ? new_kv(q) : cur[i];
@@ -226,9 +228,8 @@ __device__ inline void UpdatePending(const SequenceView& s, int64_t dim, F32Rows
   }
 }
 
-__global__ void CsaPendingKernel(PassView pass, SlotLayerLayout slot, F32Rows kv, F32Rows score,
-                                 F32Rows index_kv, F32Rows index_score, const float* ape,
-                                 const float* index_ape) {
+__global__ void CsaPendingKernel(PassView pass, SlotLayerLayout slot, F32Rows kv, F32Rows score, F32Rows index_kv,
+                                 F32Rows index_score, const float* ape, const float* index_ape) {
   const SequenceView s = pass.sequences[blockIdx.x];
   const auto state = [&](int64_t offset) { return reinterpret_cast<float*>(s.slot + offset); };
   UpdatePending(s, kHeadDim, kv, score, ape, state(slot.csa_prev), state(slot.csa_cur));
@@ -238,8 +239,8 @@ __global__ void CsaPendingKernel(PassView pass, SlotLayerLayout slot, F32Rows kv
 // One channel a thread. Block x of a sequence has the x-th run of rows that share a block of 128 tokens; block 0 has
 // the last run too, because the first reads the pending state that the last one overwrites.
 __global__ void __launch_bounds__(kHeadDim)
-    HcaKernel(PassView pass, PageLayerLayout page, SlotLayerLayout slot, F32Rows kv, F32Rows score,
-              PoolWeights w, RopeTable rope, float eps) {
+    HcaKernel(PassView pass, PageLayerLayout page, SlotLayerLayout slot, F32Rows kv, F32Rows score, PoolWeights w,
+              RopeTable rope, float eps) {
   __shared__ float pooled[kHeadDim];
   __shared__ float cos[32], sin[32];
   const SequenceView s = pass.sequences[blockIdx.y];

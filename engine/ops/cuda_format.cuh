@@ -38,8 +38,8 @@ __device__ inline void WidenE4m3(uint32_t codes, float* out) {
   out[3] = high.y;
 }
 
-// Codes 2 * half and the next of a word of four E4M3 codes, as a pair of BF16, exactly; no code may be NaN, which a load
-// refuses. The bits of a code, shifted into those of BF16, are its value times 2^-120.
+// Codes 2 * half and the next of a word of four E4M3 codes, as a pair of BF16, exactly; no code may be NaN, which a
+// load refuses. The bits of a code, shifted into those of BF16, are its value times 2^-120.
 __device__ inline uint32_t WidenE4m3ToBf16(uint32_t codes, int half) {
   const uint32_t high = __byte_perm(codes, 0, half == 0 ? 0x1404 : 0x3424);  // each in the upper byte of 16 bits
   const uint32_t shifted = (high & 0x80008000u) | (high >> 4 & 0x07f007f0u);

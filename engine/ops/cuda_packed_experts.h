@@ -35,8 +35,8 @@ int64_t ExpertWorkspaceBytes(int num_experts, int64_t hidden, int64_t width, int
 
 // x: the rows of the layer, rounded [T, D]. expert_rows [T, k, D]: one row per (token, expert), in the order of
 // `experts`. D and I are multiples of 32.
-void RoutedExperts(const ExpertWeights& w, RoundedRows x, const int32_t* experts, const float* weights,
-                         int64_t rows, int k, float limit, void* workspace, Bf16* expert_rows, cudaStream_t stream);
+void RoutedExperts(const ExpertWeights& w, RoundedRows x, const int32_t* experts, const float* weights, int64_t rows,
+                   int k, float limit, void* workspace, Bf16* expert_rows, cudaStream_t stream);
 
 // The two halves of RoutedExperts, for tests: what the first leaves in the workspace is what the second reads.
 struct ExpertActivations {

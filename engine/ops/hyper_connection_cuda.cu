@@ -2,11 +2,11 @@
 // mHC: fold the last sublayer's result into the streams, multiply them with the 24 rows of fn, mix, norm, quantise: one
 // kernel, in which a row's streams are read and written once.
 //
-// A cluster of up to 16 CTAs takes 16 or 32 rows at a time; a CTA owns a range of dims of all four streams and that part of
-// fn, so sums over a row meet in the cluster twice: the 24 products (with the sum of squares), and the squares of the
-// mix. The products run on the tensor cores: streams are BF16, fn is cut into three BF16 parts that hold all of its 24
-// bits, sums are FP32. A warp keeps its fragments of fn in registers for all rows. All sums are taken in one order that
-// depends on D alone. Bound: the bytes of the streams, for one row two meetings of the cluster.
+// A cluster of up to 16 CTAs takes 16 or 32 rows at a time; a CTA owns a range of dims of all four streams and that
+// part of fn, so sums over a row meet in the cluster twice: the 24 products (with the sum of squares), and the squares
+// of the mix. The products run on the tensor cores: streams are BF16, fn is cut into three BF16 parts that hold all of
+// its 24 bits, sums are FP32. A warp keeps its fragments of fn in registers for all rows. All sums are taken in one
+// order that depends on D alone. Bound: the bytes of the streams, for one row two meetings of the cluster.
 #include "engine/device/cuda_device.h"
 #include "engine/ops/cuda_format.cuh"
 #include "engine/ops/cuda_hyper_connection.h"
@@ -20,9 +20,9 @@ namespace {
 constexpr int kProductRows = 16;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kRowThreads = kThreads / kProductRows;  // 16: eight dims each, a quantisation group together
-constexpr int kGroup = 8 * kRowThreads;           // 128
+constexpr int kGroup = 8 * kRowThreads;               // 128
 constexpr int kMaxCluster = 16;
-constexpr int kStepsHeld = 8;                     // steps of 16 of K whose part of fn a warp holds at a time
+constexpr int kStepsHeld = 8;  // steps of 16 of K whose part of fn a warp holds at a time
 constexpr int kParts = 3;
 constexpr int kMixes = (2 + kStreams) * kStreams;  // 24: pre, post, comb
 constexpr int kPostAt = kStreams, kCombAt = 2 * kStreams;
@@ -384,8 +384,7 @@ struct Mixer {
         for (int i = 0; i < 4; ++i) {
           const int row = half * kProductRows + lane / 4 + i / 2 * 8, n = tile * 8 + lane % 4 * 2 + i % 2;
           if (n >= kN) continue;
-          s.warp_sums[warp * Smem::kSums + row * (kN + 1) + n] =
-              sum[0][tile][i] + (sum[1][tile][i] + sum[2][tile][i]);
+          s.warp_sums[warp * Smem::kSums + row * (kN + 1) + n] = sum[0][tile][i] + (sum[1][tile][i] + sum[2][tile][i]);
         }
       }
     }
@@ -581,6 +580,11 @@ __global__ void __launch_bounds__(kThreads) PostKernel(HyperUpdate update, int64
   }
 }
 
+__global__ void PrefetchKernel(const float* fn, int64_t count) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 32;  // a line of 128 bytes a thread
+  if (i < count) sm90::PrefetchL2(fn + i);
+}
+
 // How many clusters of this size the card holds at once.
 template <bool kHead, int kRows>
 int MostClusters(cudaLaunchConfig_t config, int ctas) {
@@ -629,6 +633,13 @@ void HyperConnectionPre(Bf16* streams, const HyperUpdate& update, const HyperWei
   if (rows == 0) return;
   CHECK(dim % 32 == 0 && dim <= 8192, "an engine checks this when it is made");
   LaunchMix<false>({streams, update, w, norm, params, rows, dim, input, post, comb}, stream);
+}
+
+void HyperPrefetch(const HyperWeights& w, int64_t dim, cudaStream_t stream) {
+  const int64_t count = kMixes * kStreams * dim;
+  PrefetchKernel<<<static_cast<unsigned>((count + 32 * kThreads - 1) / (32 * kThreads)), kThreads, 0, stream>>>(w.fn,
+                                                                                                                count);
+  CUDA_CHECK(cudaGetLastError());
 }
 
 void HyperConnectionPost(const HyperUpdate& update, int64_t rows, int64_t dim, Bf16* streams, cudaStream_t stream) {

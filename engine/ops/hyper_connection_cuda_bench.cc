@@ -29,10 +29,11 @@ void Run(int64_t rows, BenchReport& report) {
   FillRandomBf16(out.data(), sets * rows * kDim, 2, nullptr);
   // Weights and coefficients of zero take no less time, and keep the streams finite over many repetitions.
   for (const DeviceBuffer* zero : {&fn, &norm, &base, &coefficients}) {
-    CUDA_CHECK(cudaMemset(zero->data(), 0, zero == &fn             ? sets * 24 * 4 * kDim * 4
-                                           : zero == &norm         ? kDim * 4
-                                           : zero == &coefficients ? rows * 20 * 4
-                                                                   : 256));
+    CUDA_CHECK(cudaMemset(zero->data(), 0,
+                          zero == &fn             ? sets * 24 * 4 * kDim * 4
+                          : zero == &norm         ? kDim * 4
+                          : zero == &coefficients ? rows * 20 * 4
+                                                  : 256));
   }
   CUDA_CHECK(cudaDeviceSynchronize());
   const auto f32 = [](const DeviceBuffer& b) { return reinterpret_cast<float*>(b.data()); };
@@ -42,8 +43,7 @@ void Run(int64_t rows, BenchReport& report) {
                              f32(coefficients) + rows * 4};
     HyperConnectionPre(bf16(streams) + set * rows * 4 * kDim, update,
                        {f32(fn) + static_cast<int64_t>(set) * 24 * 4 * kDim, f32(base), f32(base) + 32}, f32(norm), {},
-                       rows, kDim, {bf16(u), bf16(rounded)}, f32(coefficients),
-                       f32(coefficients) + rows * 4, stream);
+                       rows, kDim, {bf16(u), bf16(rounded)}, f32(coefficients), f32(coefficients) + rows * 4, stream);
   };
   const int launches = static_cast<int>(std::clamp(3000.0 / (bytes / 3e6 + 5), 4.0, 200.0));
   report.Add({"mhc joined", absl::StrCat(rows, "x4x", kDim), TimeLaunches(launches, sets, 7, launch), bytes,

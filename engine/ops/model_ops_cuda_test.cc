@@ -254,8 +254,8 @@ TEST_F(CudaModelOps, HyperConnectionsAgree) {
       DeviceArray<float> post(old_post), comb(old_comb);
       DeviceArray<Bf16> rounded(rows * dim), wanted_rounded(rows * dim);
       HyperConnectionPre(device_streams.data(), {device_out.data(), nullptr, 0, post.data(), comb.data()}, device,
-                         device_norm.data(), {}, rows, dim, {device_u.data(), rounded.data()}, post.data(),
-                         comb.data(), stream());
+                         device_norm.data(), {}, rows, dim, {device_u.data(), rounded.data()}, post.data(), comb.data(),
+                         stream());
       ops.HyperConnectionPost(out.data(), old_post.data(), old_comb.data(), rows, streams.data());
       EXPECT_LT(RelativeNorm(FromDeviceBf16(device_streams.Fetch()), streams), kFewRoundings);
 
@@ -305,8 +305,8 @@ TEST_F(CudaModelOps, HyperConnectionsOfARowHaveTheSameBitsWhateverElseIsThere) {
       HyperConnectionPost(update, rows, kDim, x.data(), stream());
       update = {};
     }
-    HyperConnectionPre(x.data(), update, w, norm.data(), {}, rows, kDim, {u.data(), rounded.data()},
-                       post.data(), comb.data(), stream());
+    HyperConnectionPre(x.data(), update, w, norm.data(), {}, rows, kDim, {u.data(), rounded.data()}, post.data(),
+                       comb.data(), stream());
     return Result{FromDeviceBf16(x.Fetch()), FromDeviceBf16(u.Fetch()), post.Fetch(), comb.Fetch()};
   };
   const Result all = run(0, kRows, false);
@@ -339,8 +339,8 @@ TEST_F(CudaModelOps, WindowHoldsTheSameKeysAndBytesForAnyCut) {
       DeviceArray<Bf16> device_kv(ToDeviceBf16(kv)), keys((2 * count + 2 * 127) * 512);
       WindowKeys window;
       ops_.WindowAppend(0, pass->host(), kv.data(), norm.data(), pass->rope(), window);
-      WindowAppend(pass->device, layout_.slot_layers[0], layout_.window_slots, {device_kv.data(), 512}, device_norm.data(),
-                   1e-6f, pass->rope_view(), keys.data(), stream());
+      WindowAppend(pass->device, layout_.slot_layers[0], layout_.window_slots, {device_kv.data(), 512},
+                   device_norm.data(), 1e-6f, pass->rope_view(), keys.data(), stream());
       const std::vector<float> found = FromDeviceBf16(keys.Fetch());
       std::vector<float> ours, theirs;
       for (size_t i = 0; i < 2; ++i) {
@@ -382,8 +382,9 @@ TEST_F(CudaModelOps, CompressorsPoolTheSameEntriesForAnyCut) {
                                ikv = vector(rows * 256, seed + 2), iscore = vector(rows * 256, seed + 3);
       DeviceArray<float> d0(kv), d1(score), d2(ikv), d3(iscore);
       ops_.CompressCsa(1, pass->host(), kv.data(), score.data(), ikv.data(), iscore.data(), main, index, frequencies_);
-      CompressCsa(pass->device, layout_.page_layers[1], layout_.slot_layers[1], {d0.data(), 1024},
-                  {d1.data(), 1024}, {d2.data(), 256}, {d3.data(), 256}, {a0.data(), n0.data()}, {a1.data(), n1.data()}, table(), 1e-6f, stream());
+      CompressCsa(pass->device, layout_.page_layers[1], layout_.slot_layers[1], {d0.data(), 1024}, {d1.data(), 1024},
+                  {d2.data(), 256}, {d3.data(), 256}, {a0.data(), n0.data()}, {a1.data(), n1.data()}, table(), 1e-6f,
+                  stream());
       ops_.CompressHca(2, pass->host(), kv.data(), score.data(), hca, frequencies_);
       CompressHca(pass->device, layout_.page_layers[2], layout_.slot_layers[2], {d0.data(), 512}, {d1.data(), 512},
                   {a2.data(), n2.data()}, table(), 1e-6f, stream());
@@ -436,8 +437,9 @@ TEST_F(CudaModelOps, IndexerSelectsTheCpusEntries) {
   constexpr int64_t kTile = 17, kEntries = 400;
   DeviceArray<uint16_t> scores(kTile * kEntries);
   DeviceArray<int32_t> entries(rows * topk), counts(rows);
-  IndexSelect(pass->device, layout_.page_layers[1], {device_q.data(), int64_t{heads} * 128}, {device_weights.data(), heads},
-              heads, pass->rope_view(), {codes.data(), scales.data(), scores.data(), kTile, kEntries}, {entries.data(), counts.data(), topk},
+  IndexSelect(pass->device, layout_.page_layers[1], {device_q.data(), int64_t{heads} * 128},
+              {device_weights.data(), heads}, heads, pass->rope_view(),
+              {codes.data(), scales.data(), scores.data(), kTile, kEntries}, {entries.data(), counts.data(), topk},
               stream());
   Selection selection;
   ops_.IndexSelect(1, pass->host(), q.data(), weights.data(), heads, topk, pass->rope(), selection);
@@ -513,8 +515,8 @@ TEST_F(CudaModelOps, AttentionAgreesForEveryLayerKind) {
     SCOPED_TRACE(absl::StrCat("layer ", layer));
     WindowKeys window;
     ops_.WindowAppend(layer, pass->host(), kv.data(), norm.data(), pass->rope(), window);
-    WindowAppend(pass->device, layout_.slot_layers[layer], layout_.window_slots, {device_kv.data(), 512}, device_norm.data(),
-                 1e-6f, pass->rope_view(), keys.data(), stream());
+    WindowAppend(pass->device, layout_.slot_layers[layer], layout_.window_slots, {device_kv.data(), 512},
+                 device_norm.data(), 1e-6f, pass->rope_view(), keys.data(), stream());
     // Every second visible entry.
     Selection selection;
     selection.offset.push_back(0);

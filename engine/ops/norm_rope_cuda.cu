@@ -87,8 +87,8 @@ void PrepareRope(const RopeTable& table, const int32_t* positions, int64_t rows,
 
 void QueryNormRope(Bf16Rows q, int heads, RopeView rope, int64_t rows, float eps, Bf16* out, cudaStream_t stream) {
   if (rows == 0) return;
-  QueryNormRopeKernel<<<static_cast<unsigned>((rows * heads + 7) / 8), kThreads, 0, stream>>>(q, heads, rope, rows,
-                                                                                              eps, out);
+  QueryNormRopeKernel<<<static_cast<unsigned>((rows * heads + 7) / 8), kThreads, 0, stream>>>(q, heads, rope, rows, eps,
+                                                                                              out);
   CUDA_CHECK(cudaGetLastError());
 }
 

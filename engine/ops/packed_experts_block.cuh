@@ -21,13 +21,10 @@ __device__ inline uint4 MagnitudeTable(int distance) {
   return {bytes[0][0], bytes[0][1], bytes[1][0], bytes[1][1]};
 }
 
-// The left operand of half a block: four steps of 16.
-struct WidenedHalf {
-  uint32_t a[16];
-};
-
-// What a block's sums are multiplied by, for rows t % 32 / 4 and eight further of the warp's 16.
-struct BlockScales {
+// The left operand of one block, eight steps of 16, and what its sums are multiplied by: rows t % 32 / 4 and eight
+// further of the warp's 16.
+struct WidenedBlock {
+  uint32_t a[32];
   float low, high;
 };
 
@@ -45,34 +42,33 @@ __device__ inline float BlockScale(uint32_t scales) {
   return __uint_as_float(byte == 0 ? 0x00400000u : byte << 23);
 }
 
-// Half `half` of a record, for thread t of the warpgroup. Values come in FragmentPlace's order (cuda_quantise.h).
-__device__ inline void Widen(const uint8_t* record, const uint4* table, int t, int half, WidenedHalf& w) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(record + half * 2048 + t * 16);
+// A record, for thread t of the warpgroup. Values come in FragmentPlace's order (cuda_quantise.h).
+__device__ inline void Widen(const uint8_t* record, const uint4* table, int t, WidenedBlock& w) {
   const uint32_t* scales = reinterpret_cast<const uint32_t*>(record + kExpertCodeBytes) + t / 32 * 16 + t % 32 / 4;
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  const uint32_t row_scales[2] = {scales[0], scales[8]};
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const uint32_t distances = scales[8 * row] >> (8 * half);
+  for (int half = 0; half < 2; ++half) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(record + half * 2048 + t * 16);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {  // of 32: two steps of 16
-      const uint32_t word = words[2 * group + row], selectors = word & 0x77777777u;
-      const uint4 magnitudes = table[distances >> (4 * group) & 15];
+    for (int i = 0; i < 4; ++i) {
+      const int row = i % 2, group = 2 * half + i / 2;  // of 32: two steps of 16
+      const uint32_t word = words[i], selectors = word & 0x77777777u;
+      const uint4 magnitudes = table[row_scales[row] >> (4 * group) & 15];
       uint32_t* a = w.a + 8 * group + row;
       WidenFour(selectors, word & 0x80808080u, magnitudes, a[0], a[2]);
       WidenFour(selectors >> 16, word << 4 & 0x80808080u, magnitudes, a[4], a[6]);
     }
   }
-}
-__device__ inline BlockScales ScalesOf(const uint8_t* record, int t) {
-  const uint32_t* scales = reinterpret_cast<const uint32_t*>(record + kExpertCodeBytes) + t / 32 * 16 + t % 32 / 4;
-  return {BlockScale(scales[0]), BlockScale(scales[8])};
+  w.low = BlockScale(row_scales[0]);
+  w.high = BlockScale(row_scales[1]);
 }
 
 // Powers of two: a fused multiply-add rounds once, as an addition would.
 template <int kN>
-__device__ inline void Promote(const float* sums, BlockScales s, float* total) {
+__device__ inline void Promote(const float* sums, const WidenedBlock& w, float* total) {
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) total[i] = fmaf(sums[i], (i & 2) != 0 ? s.high : s.low, total[i]);
+  for (int i = 0; i < kN / 2; ++i) total[i] = fmaf(sums[i], (i & 2) != 0 ? w.high : w.low, total[i]);
 }
 
 __device__ inline uint32_t PackBf16(float low, float high) {

@@ -113,8 +113,8 @@ ExpertActivations ExpertActivationsOf(const ExpertWeights& w, int64_t rows, int 
   return {s.order, s.activations};
 }
 
-void RoutedExperts(const ExpertWeights& w, RoundedRows x, const int32_t* experts, const float* weights,
-                         int64_t rows, int k, float limit, void* workspace, Bf16* expert_rows, cudaStream_t stream) {
+void RoutedExperts(const ExpertWeights& w, RoundedRows x, const int32_t* experts, const float* weights, int64_t rows,
+                   int k, float limit, void* workspace, Bf16* expert_rows, cudaStream_t stream) {
   if (rows == 0) return;
   CHECK(w.num_experts <= kMaxExperts, "an engine checks this when it is made");
   CHECK(w.hidden % 32 == 0 && w.width % 32 == 0, "groups of 32 of K; a load checks this");

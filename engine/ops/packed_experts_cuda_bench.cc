@@ -14,8 +14,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/device/cuda_bench.h"
-#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/cuda_packed_experts.h"
+#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/packed_experts_kernels.h"
 #include "engine/ops/packed_experts_plan.h"
 
@@ -97,7 +97,7 @@ int Run(const Layer& layer, int64_t tokens, BenchReport& report) {
   const Routing routing(tokens, sets);
   const auto launch = [&](int set, cudaStream_t stream) {
     RoutedExperts(layer.weights, layer.X(), routing.Experts(set), routing.Weights(set), tokens, kTopK, kLimit,
-                        layer.workspace.data(), layer.Out(), stream);
+                  layer.workspace.data(), layer.Out(), stream);
   };
   // The last token among all, then alone.
   CUDA_CHECK(cudaMemset(layer.out.data(), 0xff, layer.out.bytes()));
@@ -128,14 +128,14 @@ int Run(const Layer& layer, int64_t tokens, BenchReport& report) {
   launch(0, nullptr);
   const double share = static_cast<double>(PackedGateUpBytes(kHidden, kWidth)) /
                        (PackedGateUpBytes(kHidden, kWidth) + PackedDownBytes(kHidden, kWidth));
-  report.Add({"  gate, up", absl::StrCat("Flash B ", tokens),
+  report.Add({"moe fp4 gate and up", absl::StrCat("Flash B ", tokens),
               TimeLaunches(launches, 1, 5,
                            [&](int, cudaStream_t stream) {
                              ExpertGateUp(path, layer.weights, layer.X(), tokens, routing.Weights(0), kTopK, kLimit, w,
                                           132, stream);
                            }),
               weight_bytes * share, flops * 2 / 3, kBf16FlopsPerSecond, "same weights again: warm if few"});
-  report.Add({"  down", absl::StrCat("Flash B ", tokens),
+  report.Add({"moe fp4 down", absl::StrCat("Flash B ", tokens),
               TimeLaunches(launches, 1, 5,
                            [&](int, cudaStream_t stream) {
                              ExpertDown(path, layer.weights, routing.pairs, w, layer.Out(), 132, stream);

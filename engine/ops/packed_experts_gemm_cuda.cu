@@ -59,7 +59,7 @@ struct Config {
   static constexpr int kConsumerRegisters = kPath == ExpertPath::kFew ? 112 : 232;
   static constexpr int kProducerRegisters = kPath == ExpertPath::kFew ? 32 : 40;
   static_assert(kConsumerThreads * kConsumerRegisters + 128 * kProducerRegisters <= kThreads * kStartRegisters);
-  static constexpr int kStages = kPath == ExpertPath::kFew ? 8 : 4;
+  static constexpr int kStages = kPath == ExpertPath::kFew ? 9 : 4;
   // A stage: activations in two boxes of 64 of K, one record a warpgroup.
   static constexpr int kXBoxBytes = kTokens * 128, kXBytes = 2 * kXBoxBytes;
   static constexpr int kStageBytes = (kXBytes + kGroups * kExpertRecordBytes + 1023) / 1024 * 1024;
@@ -111,44 +111,61 @@ struct Consumer {
       if constexpr (kHalf == Half::kGateUp) pair_weight = a.pair_weights[pair];
     }
 
-    const auto record_of = [&](RingPlace at) {
-      return smem + at.stage * C::kStageBytes + C::kXBytes + group * kExpertRecordBytes;
+    const auto widen = [&](RingPlace at, WidenedBlock& w) {
+      sm90::BarrierWait(full + at.stage, at.parity);
+      Widen(smem + at.stage * C::kStageBytes + C::kXBytes + group * kExpertRecordBytes, table, t, w);
     };
-    const auto issue = [&](RingPlace at, int half, const WidenedHalf& w, float* sums) {
-      const uint64_t x = sm90::TileDescriptor(smem + at.stage * C::kStageBytes + half * C::kXBoxBytes);
+    const auto issue = [&](RingPlace at, const WidenedBlock& w, float* sums) {
       sm90::ProductFence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sm90::Product<kN>::Bf16(sums, w.a + 4 * k, x + 2 * k, half > 0 || k > 0);
+      for (int k = 0; k < 8; ++k) {
+        // Sixteen of K are 32 bytes of a box.
+        const uint64_t x = sm90::TileDescriptor(smem + at.stage * C::kStageBytes + k / 4 * C::kXBoxBytes) + k % 4 * 2;
+        sm90::Product<kN>::Bf16(sums, w.a + 4 * k, x, k > 0);
+      }
       sm90::ProductCommit();
+    };
+    const auto finish = [&](RingPlace at, const WidenedBlock& w, const float* sums, float* total) {
+      sm90::ProductWait<0>();
+      Promote<kN>(sums, w, total);
+      Release(at.stage);
     };
 
     float sums[kN / 2] = {};
-    WidenedHalf first, second;
+    WidenedBlock even, odd;
 #pragma unroll 1
     for (int pass = 0; pass < C::kPasses; ++pass) {
       float total[kN / 2] = {};
-      RingPlace at = ring;
-      sm90::BarrierWait(full + at.stage, at.parity);
-      Widen(record_of(at), table, t, 0, first);
-      // While the tensor cores multiply one half of a block, the next half is widened.
+      RingPlace at = ring, next = ring;
+      widen(at, even);
+      int b = 0;
+      // While the tensor cores sum one block, the next is widened.
 #pragma unroll 1
-      for (int b = 0; b < a.blocks; ++b) {
-        issue(at, 0, first, sums);
-        Widen(record_of(at), table, t, 1, second);
-        const BlockScales scales = ScalesOf(record_of(at), t);
-        issue(at, 1, second, sums);
-        RingPlace next = at;
+      for (; b + 2 < a.blocks; b += 2) {
         next.Next<C::kStages>();
-        sm90::ProductWait<1>();
-        if (b + 1 < a.blocks) {
-          sm90::BarrierWait(full + next.stage, next.parity);
-          Widen(record_of(next), table, t, 0, first);
-        }
-        sm90::ProductWait<0>();
-        Promote<kN>(sums, scales, total);
-        Release(at.stage);
+        issue(at, even, sums);
+        widen(next, odd);
+        finish(at, even, sums, total);
+        at = next;
+        next.Next<C::kStages>();
+        issue(at, odd, sums);
+        widen(next, even);
+        finish(at, odd, sums, total);
         at = next;
       }
+      if (b + 1 < a.blocks) {
+        next.Next<C::kStages>();
+        issue(at, even, sums);
+        widen(next, odd);
+        finish(at, even, sums, total);
+        at = next;
+        issue(at, odd, sums);
+        finish(at, odd, sums, total);
+      } else {
+        issue(at, even, sums);
+        finish(at, even, sums, total);
+      }
+      at.Next<C::kStages>();
       ring = at;
       if constexpr (kHalf == Half::kGateUp) {
         KeepActivations<kN>(pass, group, t, pair_weight, total);
@@ -239,15 +256,14 @@ __device__ inline void Produce(const CUtensorMap& x_map, const GemmArgs& a, uint
     const PackedExpertTile tile = a.tiles[index / a.items];
     const int item = index % a.items;
     // The rows of x of this lane's tokens.
-    constexpr int kPerLane = C::kTokens / 32;
+    constexpr int kPerLane = (C::kTokens + 31) / 32;
     int row[kPerLane];
     if constexpr (kScattered) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) row[i] = a.order[tile.begin + min(lane + 32 * i, tile.count - 1)] / a.top_k;
     }
     const int boxes = (tile.count + 7) / 8;
-    const uint32_t bytes =
-        C::kGroups * kExpertRecordBytes + (kScattered ? tile.count : boxes * 8) * kExpertBlockK * 2;
+    const uint32_t bytes = C::kGroups * kExpertRecordBytes + (kScattered ? tile.count : boxes * 8) * kExpertBlockK * 2;
     for (int pass = 0; pass < C::kPasses; ++pass) {
       const uint8_t* record =
           a.weights + tile.expert * a.expert_bytes +
@@ -323,10 +339,8 @@ __global__ void __launch_bounds__(Config<kHalf, kPath>::kThreads, 1)
     if constexpr (kPath == ExpertPath::kFew) {
       if (columns <= 1) {
         consumer.template Item<8>(tile, item);
-      } else if (columns <= 2) {
-        consumer.template Item<16>(tile, item);
       } else {
-        consumer.template Item<32>(tile, item);
+        consumer.template Item<16>(tile, item);
       }
     } else {
       if (columns <= 2) {
@@ -371,8 +385,8 @@ void LaunchPath(ExpertPath path, const CUtensorMap& x_map, const GemmArgs& a, in
 
 }  // namespace
 
-void ExpertGateUp(ExpertPath path, const ExpertWeights& w, RoundedRows x, int64_t rows, const float* weights,
-                  int top_k, float limit, const ExpertWorkspace& workspace, int multiprocessors, cudaStream_t stream) {
+void ExpertGateUp(ExpertPath path, const ExpertWeights& w, RoundedRows x, int64_t rows, const float* weights, int top_k,
+                  float limit, const ExpertWorkspace& workspace, int multiprocessors, cudaStream_t stream) {
   GemmArgs a;
   a.weights = w.gate_up;
   a.expert_bytes = PackedGateUpBytes(w.hidden, w.width);

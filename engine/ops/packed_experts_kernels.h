@@ -25,8 +25,8 @@ struct ExpertWorkspace {
 ExpertWorkspace ExpertWorkspaceAt(const ExpertWeights& w, int64_t pairs, void* workspace);
 
 // Gate and up products of every tile, SwiGLU, the pair's weight, rounding: into workspace.activations.
-void ExpertGateUp(ExpertPath path, const ExpertWeights& w, RoundedRows x, int64_t rows, const float* weights,
-                  int top_k, float limit, const ExpertWorkspace& workspace, int multiprocessors, cudaStream_t stream);
+void ExpertGateUp(ExpertPath path, const ExpertWeights& w, RoundedRows x, int64_t rows, const float* weights, int top_k,
+                  float limit, const ExpertWorkspace& workspace, int multiprocessors, cudaStream_t stream);
 // Down product: workspace.activations to expert_rows [P, D] in the order of pairs.
 void ExpertDown(ExpertPath path, const ExpertWeights& w, int64_t pairs, const ExpertWorkspace& workspace,
                 Bf16* expert_rows, int multiprocessors, cudaStream_t stream);

@@ -34,10 +34,10 @@ constexpr int64_t PackedDownBytes(int64_t hidden, int64_t width) {
   return DownItems(hidden) * kExpertItemTiles * ExpertBlocks(width) * kExpertRecordBytes;
 }
 
-// Token tiles: `kFew` takes up to 32 rows of an expert with four warpgroups a CTA, each one packed tile; `kMany` up to
+// Token tiles: `kFew` takes up to 16 rows of an expert with four warpgroups a CTA, each one packed tile; `kMany` up to
 // 128 with two, which walk an item's tiles in two passes.
 enum class ExpertPath { kFew, kMany };
-constexpr int ExpertTileTokens(ExpertPath path) { return path == ExpertPath::kFew ? 32 : 128; }
+constexpr int ExpertTileTokens(ExpertPath path) { return path == ExpertPath::kFew ? 16 : 128; }
 constexpr ExpertPath ChooseExpertPath(int64_t pairs, int num_experts) {
   return pairs <= int64_t{8} * num_experts ? ExpertPath::kFew : ExpertPath::kMany;
 }

@@ -19,8 +19,8 @@ __device__ inline Four LoadFour(const Bf16* at) {
   return {{LowBf16(raw.x), HighBf16(raw.x), LowBf16(raw.y), HighBf16(raw.y)}};
 }
 
-// This lane's values of group `group` of a row of `k`, rounded; lanes beyond k bring zeros and store nothing. Every lane
-// calls it.
+// This lane's values of group `group` of a row of `k`, rounded; lanes beyond k bring zeros and store nothing. Every
+// lane calls it.
 __device__ inline void StoreRounded(const Four& x, int64_t row, int64_t k, int64_t group, Bf16* rounded) {
   float scale;
   const uint32_t codes = QuantiseGroup(x.v, scale);
@@ -38,9 +38,7 @@ __device__ inline Place PlaceOf(int64_t warp, int64_t k) {
   const int64_t groups = (k + kGroup - 1) / kGroup, group = warp % groups, at = group * kGroup + threadIdx.x % 32 * 4;
   return {warp / groups, group, at, at < k};
 }
-__device__ inline int64_t WarpIndex() {
-  return (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
-}
+__device__ inline int64_t WarpIndex() { return (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32; }
 
 __global__ void __launch_bounds__(kThreads) RoundKernel(Bf16Rows x, int64_t rows, int64_t k, Bf16* rounded) {
   const Place p = PlaceOf(WarpIndex(), k);

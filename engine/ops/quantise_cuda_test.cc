@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activation quantisation on the device: alone, to the CPU's values; behind a norm or a SwiGLU, against double precision.
+// Activation quantisation on the device: alone, to the CPU's values; behind a norm or a SwiGLU, against double
+// precision.
 #include <algorithm>
 #include <cmath>
 #include <vector>

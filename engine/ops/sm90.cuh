@@ -206,28 +206,27 @@ __device__ inline uint64_t TileDescriptor(const void* tile) {
 template <int kN>
 struct Product;
 
-#define MILLRACE_PRODUCT(N, NAMES, P0, P1, P2, P3, P4, P5, ...)                                           \
-  template <>                                                                                             \
-  struct Product<N> {                                                                                     \
-    static __device__ inline void Fp8(float* d, const uint32_t* a, uint64_t b, int add) {                 \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N    \
-                   "k32.f32.e4m3.e4m3 {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1;\n}" \
-                   : __VA_ARGS__                                                                          \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                       \
-    }                                                                                                     \
-    static __device__ inline void Bf16(float* d, uint64_t a, uint64_t b, int add) {                       \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N    \
-                   "k16.f32.bf16.bf16 {" NAMES "}, " P0 ", " P1 ", p, 1, 1, 0, 0;\n}"                     \
-                   : __VA_ARGS__                                                                          \
-                   : "l"(a), "l"(b), "r"(add));                                                           \
-    }                                                                                                     \
-    static __device__ inline void Bf16(float* d, const uint32_t* a, uint64_t b, int add) {                \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N    \
-                   "k16.f32.bf16.bf16 {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4                 \
-                   ", p, 1, 1, 0;\n}"                                                                     \
-                   : __VA_ARGS__                                                                          \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                       \
-    }                                                                                                     \
+#define MILLRACE_PRODUCT(N, NAMES, P0, P1, P2, P3, P4, P5, ...)                                              \
+  template <>                                                                                                \
+  struct Product<N> {                                                                                        \
+    static __device__ inline void Fp8(float* d, const uint32_t* a, uint64_t b, int add) {                    \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N       \
+                   "k32.f32.e4m3.e4m3 {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1;\n}"    \
+                   : __VA_ARGS__                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                          \
+    }                                                                                                        \
+    static __device__ inline void Bf16(float* d, uint64_t a, uint64_t b, int add) {                          \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N       \
+                   "k16.f32.bf16.bf16 {" NAMES "}, " P0 ", " P1 ", p, 1, 1, 0, 0;\n}"                        \
+                   : __VA_ARGS__                                                                             \
+                   : "l"(a), "l"(b), "r"(add));                                                              \
+    }                                                                                                        \
+    static __device__ inline void Bf16(float* d, const uint32_t* a, uint64_t b, int add) {                   \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N       \
+                   "k16.f32.bf16.bf16 {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1, 0;\n}" \
+                   : __VA_ARGS__                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                          \
+    }                                                                                                        \
   }
 
 // clang-format off

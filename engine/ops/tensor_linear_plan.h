@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which tensor-core kernel a dense product takes and how it is cut: a pure function of the shape, no device needed.
 //
-// K is always cut into blocks of 128. A block is summed from zero by the tensor cores, multiplied by its scale and added
-// to the total in FP32, blocks ascending. Both kernels do exactly that for each row, so the choice and the cut are about
-// time only: `skinny` may spread blocks over the CTAs of a cluster because their sums are kept apart and added in order
-// at the end.
+// K is always cut into blocks of 128. A block is summed from zero by the tensor cores, multiplied by its scale and
+// added to the total in FP32, blocks ascending. Both kernels do exactly that for each row, so the choice and the cut
+// are about time only: `skinny` may spread blocks over the CTAs of a cluster because their sums are kept apart and
+// added in order at the end.
 #pragma once
 
 #include <algorithm>
@@ -67,12 +67,13 @@ inline LinearPlan PlanLinear(int64_t rows, int64_t n, int64_t k, int value_bytes
   };
   for (p.cluster = kMaxCluster; p.cluster > 1; p.cluster /= 2) {
     p.per_cta = (p.blocks + p.cluster - 1) / p.cluster;
-    // Little's law: about 48 KiB of weights in flight per multiprocessor reach the memory's rate. FP8 weights are widened
-    // by the one warpgroup of a CTA, so several of them keep a multiprocessor busier than one; BF16 ones are passed on.
+    // Little's law: about 48 KiB of weights in flight per multiprocessor reach the memory's rate. FP8 weights are
+    // widened by the one warpgroup of a CTA, so several of them keep a multiprocessor busier than one; BF16 ones are
+    // passed on.
     const int64_t most = value_bytes == 1 ? kMostSkinnyCtas : tiles * 4 <= multiprocessors ? 2 : 1;
     const int in_flight = 48 << 10, stage = SkinnyStageBytes(p.tokens, value_bytes);
-    const int stages = std::max<int>(
-        2, in_flight / static_cast<int>(per_multiprocessor()) / SkinnyWeightBytes(value_bytes));
+    const int stages =
+        std::max<int>(2, in_flight / static_cast<int>(per_multiprocessor()) / SkinnyWeightBytes(value_bytes));
     if (per_multiprocessor() <= most && room() >= std::min(p.per_cta, stages) * stage) break;
   }
   p.per_cta = (p.blocks + p.cluster - 1) / p.cluster;

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
     int stage = 0, done = 0;  // next to read, next to release
     uint32_t parity = 0;
 
-    const auto issue = [&](float* sum, uint32_t (&widened)[32]) {
+    const auto issue = [&](float* sum, uint32_t(&widened)[32]) {
       sm90::BarrierWait(full + stage, parity);
       const uint8_t* weights = smem + stage * kStageBytes;
       if constexpr (kKind == WeightKind::kFp8) WidenWeights(weights, widened);

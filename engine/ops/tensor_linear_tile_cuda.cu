@@ -2,11 +2,12 @@
 // Dense products of many rows: 128 x 128 tiles of the output, BF16, bound by the tensor cores.
 //
 // One CTA a multiprocessor walks over tiles. A producer thread copies 128 rows of x and 128 of the weight, half a block
-// of K each, into a ring of stages; two consumer warpgroups of 64 rows multiply. Two CTAs of a cluster take two tiles that
-// share the weight rows: each copies half of them to both, since one multiprocessor's share of the L2 cache's bandwidth
-// would not feed the tensor cores. Each warpgroup has two sets of accumulators: while the tensor cores sum block b into
-// one, it promotes block b - 1 from the other (FP32 addition), so promotion costs no tensor time. FP8 weights are widened
-// into the caller's scratch before, in the order of fragments: their products then have the skinny kernel's bits.
+// of K each, into a ring of stages; two consumer warpgroups of 64 rows multiply. Two CTAs of a cluster take two tiles
+// that share the weight rows: each copies half of them to both, since one multiprocessor's share of the L2 cache's
+// bandwidth would not feed the tensor cores. Each warpgroup has two sets of accumulators: while the tensor cores sum
+// block b into one, it promotes block b - 1 from the other (FP32 addition), so promotion costs no tensor time. FP8
+// weights are widened into the caller's scratch before, in the order of fragments: their products then have the skinny
+// kernel's bits.
 #include "engine/device/cuda_device.h"
 #include "engine/device/tensor_map.h"
 #include "engine/ops/cuda_format.cuh"
