@@ -132,15 +132,17 @@ class Pod:
         for target, source in IMAGE.items():
             lines += [f"mkdir -p {target}" if os.path.isdir(source) else f"touch {target}",
                       f"mount --bind {source} {target}"]
+        empty = []  # last: an empty /tmp hides the scratch folder
         for mount in self.container.get("volumeMounts", []):
             volume = next(item for item in self.spec["volumes"] if item["name"] == mount["name"])
             path = mount["mountPath"]
             if "configMap" in volume or "secret" in volume:
                 lines += [f"mkdir -p {path}", f"cp {scratch}/volumes/{volume['name']}/* {path}"]
             elif "emptyDir" in volume:
-                lines += [f"mount -t tmpfs -o mode=1777,size=64m empty {path}"]
+                empty += [f"mount -t tmpfs -o mode=1777,size=64m empty {path}"]
             else:
                 raise AssertionError(f"{self.name}: no way to mount {volume}")
+        lines += empty
         if context["readOnlyRootFilesystem"]:
             lines += [f"mount -o remount,bind,ro {folder}" for folder in ("/etc", "/opt", "/usr/local/bin", "/")]
         for variable in self.container.get("env", []):
