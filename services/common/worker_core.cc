@@ -25,6 +25,8 @@ namespace {
 
 constexpr char kSoftware[] = "millrace 0.1.0";
 constexpr absl::Duration kShutdownGrace = absl::Milliseconds(500);
+// A router that is there answers in milliseconds; one that is stuck must not keep us from ending.
+constexpr absl::Duration kDrainHeard = absl::Seconds(2);
 constexpr int kExitStuck = 70;
 constexpr int kFirstPassFactor = 10;
 
@@ -230,11 +232,12 @@ void WorkerCore::CheckProgress(const v1::WorkerStatus& status) {
   _exit(kExitStuck);
 }
 
-void WorkerCore::Drain(const std::function<bool()>& idle, absl::Duration grace) {
+void WorkerCore::Drain(const std::function<void()>& refuse, const std::function<bool()>& idle, absl::Duration grace) {
+  const absl::Time end = MonotonicNow() + grace;
   draining_.store(true);
   if (server_ != nullptr) server_->SetServing(false);
-  Nudge();
-  const absl::Time end = MonotonicNow() + grace;
+  if (join_ != nullptr) join_->AwaitHeard(std::min(grace, kDrainHeard));
+  refuse();
   while (!idle() && MonotonicNow() < end) std::this_thread::sleep_for(std::chrono::milliseconds(5));
 }
 
