@@ -18,12 +18,12 @@
 #include "services/common/failpoints.h"
 #include "services/common/generation_spec.h"
 #include "services/common/model_notice.h"
+#include "services/common/software.h"
 #include "spdlog/spdlog.h"
 
 namespace millrace {
 namespace {
 
-constexpr char kSoftware[] = "millrace 0.1.0";
 constexpr absl::Duration kShutdownGrace = absl::Milliseconds(500);
 // A router that is there answers in milliseconds; one that is stuck must not keep us from ending.
 constexpr absl::Duration kDrainHeard = absl::Seconds(2);

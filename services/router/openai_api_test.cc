@@ -17,6 +17,7 @@
 #include "services/router/fake_generation_service.h"
 #include "services/router/http_test_client.h"
 #include "services/router/json_reader.h"
+#include "services/router/status_page.h"
 
 namespace millrace::router {
 namespace {
@@ -233,9 +234,36 @@ TEST_F(OpenAiApiTest, OperatorListenerShowsMetricsAndStatus) {
   EXPECT_THAT(metrics, HasSubstr("millrace_requests_running{role=\"router\"} 0"));
   EXPECT_THAT(metrics, HasSubstr("millrace_requests_waiting{role=\"router\"} 0"));
   EXPECT_EQ(Parse(AskOperator(Get("/")).body)["cluster"]["workers"], "<4>");
-  const TestReply page = AskOperator(Get("/", "Accept: text/html\r\n"));
-  EXPECT_THAT(page.body, HasSubstr("&lt;4>"));
   EXPECT_EQ(AskOperator(Get("/v1/models")).status, 404);
+}
+
+TEST_F(OpenAiApiTest, TheStatusPageIsTheOperatorsAndComesWithAStrictPolicy) {
+  TestReply page = AskOperator(Get("/", "Accept: text/html\r\n"));
+  EXPECT_THAT(page.body, HasSubstr("<!doctype html>"));
+  EXPECT_EQ(page.headers["vary"], "Accept");
+  for (const EmbeddedFile& file : StatusPageFiles()) {
+    TestReply reply = AskOperator(Get(std::string(file.path)));
+    EXPECT_EQ(reply.status, 200) << file.path;
+    EXPECT_EQ(reply.body, file.content) << file.path;
+    EXPECT_EQ(reply.headers["content-type"], file.content_type) << file.path;
+    EXPECT_EQ(reply.headers["x-content-type-options"], "nosniff") << file.path;
+    EXPECT_THAT(reply.headers["content-security-policy"], HasSubstr("default-src 'none'; script-src 'self'"));
+    EXPECT_EQ(Ask(Get(std::string(file.path))).status, 404) << file.path << " on the public port";
+    EXPECT_EQ(AskOperator(Post(std::string(file.path), "{}")).status, 405) << file.path;
+  }
+  EXPECT_EQ(AskOperator(Get("/page/../page/page.js")).status, 404);
+}
+
+TEST_F(OpenAiApiTest, ThePagesPromptIsAnsweredOnItsOwnOriginAndOnNoOther) {
+  TestReply reply = AskOperator(Post("/v1/chat/completions", Chat(), "Origin: http://elsewhere\r\n"));
+  EXPECT_EQ(reply.status, 200);
+  EXPECT_EQ(reply.headers.count("access-control-allow-origin"), 0u);
+  // What a page elsewhere can send without asking first is no request of ours.
+  EXPECT_EQ(AskOperator("POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\n"
+                        "Content-Length: 2\r\n\r\n{}")
+                .status,
+            415);
+  EXPECT_EQ(AskOperator("OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: a\r\n\r\n").status, 405);
 }
 
 TEST_F(OpenAiApiTest, TheOperatorAndNobodyElseDrainsAWorkerByName) {
