@@ -49,6 +49,11 @@ int RunEncode(Arguments);
 int RunTokenize(Arguments);
 int RunDetokenize(Arguments);
 int RunInspect(Arguments);
+int RunConfig(Arguments);
+int RunDoctor(Arguments);
+int RunDrain(Arguments);
+int RunHealth(Arguments);
+int RunTop(Arguments);
 int RunVersion(Arguments);
 
 // Prints "millrace run: message" as one line on standard error and returns `exit_code`.
