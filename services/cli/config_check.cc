@@ -19,7 +19,7 @@ namespace millrace::cli {
 namespace {
 
 // What a process of ours occupies that nothing here counts: program, libraries, heaps, threads.
-constexpr int64_t kProgramBytes = 64 << 20;
+constexpr int64_t kProgramBytes = 32 << 20;
 // A card's driver and context, and room the engine keeps.
 constexpr int64_t kGpuHeadroomBytes = 1 << 30;
 
@@ -160,9 +160,8 @@ class Check {
     need.weights = weights_.AllButRouted() + weights_.Routed(experts);
     need.pages = static_cast<int64_t>(section.cache_pages()) * layout_.page_bytes;
     need.slots = int64_t{section.max_sequences()} * layout_.slot_bytes;
-    need.buffers =
-        PassBytes(model_.config, rows, std::min<int64_t>(rows, section.max_sequences())) +
-        (on_gpu() ? kGpuHeadroomBytes : kProgramBytes + static_cast<int64_t>(config_.transfer().max_inflight_bytes()));
+    need.buffers = PassBytes(model_.config, rows, std::min<int64_t>(rows, section.max_sequences())) +
+                   (on_gpu() ? kGpuHeadroomBytes : kProgramBytes);
     report_.processes.push_back(std::move(need));
   }
 
@@ -372,7 +371,7 @@ std::string ConfigReportText(const ConfigReport& report, const MemoryBudget& mem
   }
   if (memory.one_machine)
     absl::StrAppendFormat(&text, "%-20s %-9s %-4s %64s\n", "together", "", "cpu", HumanBytes(sum));
-  absl::StrAppend(&text, "* estimated: activations of one pass, blocks on the wire, the program itself\n");
+  absl::StrAppend(&text, "* estimated: activations of one pass, the program itself\n");
   const auto limit = [&](const char* what, int64_t n, const std::string& is) {
     absl::StrAppend(&text, what, n > 0 ? absl::StrCat(HumanBytes(n), " (", is, ")") : absl::StrCat("not judged: ", is),
                     "\n");

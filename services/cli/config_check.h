@@ -24,7 +24,7 @@ struct ProcessNeed {
   int64_t weights = 0;  // packed, as the engine holds them
   int64_t pages = 0;    // cache_pages times a page
   int64_t slots = 0;    // max_sequences times a state slot
-  int64_t buffers = 0;  // estimated: activations of one pass, blocks on the wire, the program
+  int64_t buffers = 0;  // estimated: activations of one pass, the program (blocks on the wire are the cache itself)
   int64_t total() const { return weights + pages + slots + buffers; }
 };
 

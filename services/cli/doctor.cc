@@ -239,23 +239,6 @@ void CheckUcx(Report& report, const std::vector<std::string>& rdma) {
                                       : absl::StrCat("active RDMA devices: ", absl::StrJoin(rdma, ", ")));
 }
 
-// A loud answer to a quiet fall-back.
-void Judge(Report& report, const std::string& pair, const ProbeResult& result, bool same_machine,
-           const std::vector<std::string>& rdma) {
-  const std::string text = absl::StrFormat("%s: %.2f GB/s, %.0f us there and back, over %s", pair,
-                                           result.bytes_per_second / 1e9, result.round_trip_us, result.lanes);
-  if (result.tcp_only && !same_machine && !rdma.empty()) {
-    report.Bad("Bandwidth",
-               absl::StrCat(text, ": TCP, although ", absl::StrJoin(rdma, ", "),
-                            " is active here. Look at UCX_TLS and UCX_NET_DEVICES, at the other machine's devices, at "
-                            "memlock, and whether this UCX has verbs (the images say which they hold)"));
-  } else if (result.bytes_per_second < 0.2e9) {
-    report.Warn("Bandwidth", absl::StrCat(text, ": a page a millisecond is 0.5 GB/s; hand-offs will be felt"));
-  } else {
-    report.Ok("Bandwidth", text);
-  }
-}
-
 // This program again as `doctor --listen 127.0.0.1:0`, until it goes out of scope.
 class Answering {
  public:
@@ -334,7 +317,8 @@ void MeasureHere(Report& report, const v1::ClusterConfig& config, const std::vec
       report.Bad("Bandwidth", absl::StrCat(pair, ": ", result.status().message()));
       continue;
     }
-    Judge(report, pair, *result, /*same_machine=*/true, rdma);
+    const Finding verdict = JudgeProbe(pair, *result, /*same_machine=*/true, rdma);
+    report.Add("Bandwidth", verdict.severity, verdict.text);
     map.push_back(Entry(from, to, *result));
   }
   if (all > pairs.size()) report.Ok("Bandwidth", absl::StrCat("the other ", all - pairs.size(), " pairs are alike"));
@@ -349,7 +333,8 @@ void MeasurePeers(Report& report, const std::vector<std::string>& peers, const s
       continue;
     }
     const bool loopback = absl::StartsWith(peer, "127.") || absl::StartsWith(peer, "localhost:");
-    Judge(report, absl::StrCat("here to ", peer), *result, loopback, rdma);
+    const Finding verdict = JudgeProbe(absl::StrCat("here to ", peer), *result, loopback, rdma);
+    report.Add("Bandwidth", verdict.severity, verdict.text);
     map.push_back(Entry("here", peer, *result));
   }
 }

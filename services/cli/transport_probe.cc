@@ -17,6 +17,8 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
 #include "engine/status.h"
@@ -36,6 +38,7 @@ constexpr int kInFlight = 8;
 constexpr int kRounds = 200;
 constexpr absl::Duration kWarmUp = absl::Milliseconds(50), kMeasured = absl::Milliseconds(500);
 constexpr absl::Duration kPatience = absl::Seconds(5);
+constexpr double kSlowBytesPerSecond = 200e6;
 constexpr absl::string_view kGreeting = "millrace-probe 1 ";
 
 struct HostPort {
@@ -132,6 +135,22 @@ std::string LanesOf(const kvtransfer::Transport& transport) {
 }
 
 }  // namespace
+
+Finding JudgeProbe(const std::string& pair, const ProbeResult& result, bool same_machine,
+                   const std::vector<std::string>& rdma) {
+  const std::string text = absl::StrFormat("%s: %.2f GB/s, %.0f us there and back, over %s", pair,
+                                           result.bytes_per_second / 1e9, result.round_trip_us, result.lanes);
+  if (result.tcp_only && !same_machine && !rdma.empty()) {
+    return {Severity::kError, pair,
+            absl::StrCat(text, ": TCP, although ", absl::StrJoin(rdma, ", "),
+                         " is active here. Look at UCX_TLS and UCX_NET_DEVICES, at the other machine's devices, at "
+                         "memlock, and whether this UCX has verbs (the images say which they hold)")};
+  }
+  if (result.bytes_per_second < kSlowBytesPerSecond) {
+    return {Severity::kWarning, pair, absl::StrCat(text, ": slow; hand-offs of long prompts will be felt")};
+  }
+  return {Severity::kNote, pair, text};
+}
 
 absl::Status ServeProbes(const std::string& listen, const StopSignal& stop,
                          const std::function<void(const std::string&)>& on_listening) {

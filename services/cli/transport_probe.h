@@ -10,9 +10,11 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "services/cli/config_check.h"
 #include "services/common/drain.h"
 
 namespace millrace::cli {
@@ -23,6 +25,11 @@ struct ProbeResult {
   std::string lanes;            // what carries it, in UCX's words: "tcp/eth0.0 (am am_bw#0)"
   bool tcp_only = false;        // every lane is TCP
 };
+
+// What to make of it. A transport that fell back to TCP between machines although one has RDMA devices is an error:
+// it works, and is ten times slower than what was paid for. `rdma`: names of the active devices here.
+Finding JudgeProbe(const std::string& pair, const ProbeResult& result, bool same_machine,
+                   const std::vector<std::string>& rdma);
 
 // Serves on "host:port" (port 0: any free one) until `stop`; `on_listening` gets the address. Unavailable: the address
 // cannot be bound, or UCX cannot start.

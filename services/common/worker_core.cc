@@ -106,7 +106,9 @@ absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services
 
 // A wildcard address cannot be dialled; the host's name can, in a cluster whose names resolve.
 std::string WorkerCore::AdvertisedAddress() const {
-  if (!config_.worker().advertise().empty()) return config_.worker().advertise();
+  if (const std::string& given = config_.worker().advertise(); !given.empty()) {
+    return absl::EndsWith(given, ":0") ? absl::StrCat(given.substr(0, given.size() - 1), server_->port()) : given;
+  }
   const std::string& bound = server_->address();
   if (!absl::StartsWith(bound, "0.0.0.0:") && !absl::StartsWith(bound, "[::]:")) return bound;
   char host[256] = "localhost";

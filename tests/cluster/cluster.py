@@ -115,9 +115,9 @@ class Cluster:
 
     # Processes.
 
-    def start(self, name, env=None):
+    def start(self, name, env=None, arguments=()):
         self.stale[name] = self.incarnations.get(name)
-        command = [BINARY, self.roles[name], "--config", self.config_path, "--name", name]
+        command = [BINARY, self.roles[name], "--config", self.config_path, "--name", name, *arguments]
         log = open(os.path.join(self.directory, name + ".log"), "ab")
         self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                                 env=dict(self.env, **(env or {})))
