@@ -52,6 +52,7 @@ int RunInspect(Arguments);
 int RunConfig(Arguments);
 int RunDoctor(Arguments);
 int RunDrain(Arguments);
+int RunExplain(Arguments);
 int RunHealth(Arguments);
 int RunTop(Arguments);
 int RunVersion(Arguments);

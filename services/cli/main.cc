@@ -31,6 +31,7 @@ constexpr Command kCommands[] = {
     {"run", "answer one request with the whole model in this process", RunRun, kLocal},
     {"score", "logits of given tokens, safetensors in and out", RunScore, kLocal},
     {"top", "the cluster at work, frame by frame", RunTop, kOperate},
+    {"explain", "why a request went where it went, and where its time went", RunExplain, kOperate},
     {"drain", "have one worker finish and end", RunDrain, kOperate},
     {"health", "whether a process is well, by exit status", RunHealth, kOperate},
     {"doctor", "what is wrong with this machine, or between it and others", RunDoctor, kOperate},

@@ -21,8 +21,10 @@
 #include "absl/strings/str_split.h"
 #include "engine/status.h"
 #include "engine/text/concat.h"
+#include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/http_status.h"
+#include "services/router/explanation.h"
 #include "services/router/openai_response.h"
 #include "services/router/openai_session.h"
 #include "services/router/status_page.h"
@@ -41,7 +43,7 @@ constexpr size_t kMaxIgnoredNames = 32;
 struct Route {
   std::string_view method;
   std::string_view path;
-  enum Kind { kChat, kCompletions, kModels, kHealth, kReady, kMetrics, kStatus } kind;
+  enum Kind { kChat, kCompletions, kModels, kHealth, kReady, kMetrics, kStatus, kRequests } kind;
 };
 constexpr Route kPublicRoutes[] = {
     {"POST", "/v1/chat/completions", Route::kChat},
@@ -52,6 +54,7 @@ constexpr Route kPublicRoutes[] = {
 };
 constexpr Route kOperatorRoutes[] = {
     {"GET", "/", Route::kStatus},
+    {"GET", "/requests", Route::kRequests},
     {"POST", "/v1/chat/completions", Route::kChat},  // for the status page, so that no other origin need be allowed
     {"GET", "/metrics", Route::kMetrics},
     {"GET", "/healthz", Route::kHealth},
@@ -61,6 +64,8 @@ constexpr std::string_view kModelPrefix = "/v1/models/";
 // On the operator's port: POST /workers/NAME/drain.
 constexpr std::string_view kWorkerPrefix = "/workers/";
 constexpr std::string_view kDrainSuffix = "/drain";
+constexpr std::string_view kRequestPrefix = "/requests/";
+constexpr size_t kMaxListedRequests = 50;
 
 absl::Status NotFound() {
   return MakeError(absl::StatusCode::kNotFound, "There is no such route.", {.code = "not_found"});
@@ -191,10 +196,13 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     const std::optional<std::string> drained = is_public ? std::nullopt : WorkerToDrain(request);
     if (drained) allowed = {"POST"};
     const EmbeddedFile* const file = is_public ? nullptr : FindPageFile(request.path);
-    if (file != nullptr) allowed = {"GET"};
+    const bool explains = !is_public && absl::StartsWith(request.path, AbslView(kRequestPrefix)) &&
+                          request.path.size() > kRequestPrefix.size();
+    if (file != nullptr || explains) allowed = {"GET"};
     if (drained && request.method == "POST") return DrainWorker(*drained, request, headers, *exchange);
     const bool reads = request.method == "GET" || request.method == "HEAD";
     if (is_model && reads) return AnswerModel(request, headers, *exchange);
+    if (explains && reads) return AnswerExplanation(request, headers, *exchange);
     if (file != nullptr && reads) return AnswerPage(*file, headers, *exchange);
     if (allowed.empty()) return Answer(NotFound(), "unmatched", headers, *exchange);
     if (match == nullptr) return AnswerMethod(request, allowed, headers, *exchange);
@@ -213,6 +221,8 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
         return AnswerMetrics(headers, *exchange);
       case Route::kStatus:
         return AnswerStatus(request, headers, *exchange);
+      case Route::kRequests:
+        return AnswerRequests(headers, *exchange);
     }
   }
 
@@ -325,6 +335,30 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     HttpResponse response{.body = DumpJson(status) + "\n"};
     response.headers = {{"Cache-Control", "no-store"}, {"Vary", "Accept"}, {"X-Content-Type-Options", "nosniff"}};
     Send(std::move(response), "/", headers, exchange);
+  }
+
+  void AnswerRequests(const Headers& headers, HttpExchange& exchange) {
+    Json list;
+    list["requests"] = Json::array();
+    if (options_.traces != nullptr) {
+      for (const std::string& id : options_.traces->RequestIds(kMaxListedRequests)) {
+        const auto trace = options_.traces->Find(id);
+        if (trace) list["requests"].push_back(ExplanationSummaryJson(*trace, MonotonicNow()));
+      }
+    }
+    Send({.body = DumpJson(list) + "\n"}, "/requests", headers, exchange);
+  }
+
+  void AnswerExplanation(const HttpRequest& request, const Headers& headers, HttpExchange& exchange) {
+    const auto id = PercentDecode(std::string_view(request.path).substr(kRequestPrefix.size()));
+    const auto trace = id && options_.traces != nullptr ? options_.traces->Find(*id) : std::nullopt;
+    if (trace)
+      return Send({.body = DumpJson(ExplanationJson(*trace, MonotonicNow())) + "\n"}, "/requests/{id}", headers,
+                  exchange);
+    Answer(MakeError(absl::StatusCode::kNotFound,
+                     "There is no record of that request: it is unknown, or later ones have taken its place.",
+                     {.code = "request_not_found"}),
+           "/requests/{id}", headers, exchange);
   }
 
   void AnswerPage(const EmbeddedFile& file, const Headers& headers, HttpExchange& exchange) {

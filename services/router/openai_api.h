@@ -3,8 +3,9 @@
 // limits on how many there are.
 //
 // Public: POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /v1/models/{id}, GET /healthz,
-// GET /readyz. Operator: GET / (status, the page or JSON), GET /page/FILE, GET /metrics, GET /healthz, GET /readyz, POST
-// /workers/NAME/drain, and POST /v1/chat/completions for the page's prompt. Paths are compared as they came, so no
+// GET /readyz. Operator: GET / (status, the page or JSON), GET /page/FILE, GET /requests, GET /requests/ID (explain),
+// GET /metrics, GET /healthz, GET /readyz, POST /workers/NAME/drain, and POST /v1/chat/completions for the page's
+// prompt. Paths are compared as they came, so no
 // spelling of one route reaches another; anything else is 404.
 //
 // Thread: any; handlers run on the server's strands, long parsing on threads of its own.
@@ -15,6 +16,7 @@
 #include <string>
 
 #include "services/common/metrics.h"
+#include "services/common/request_trace.h"
 #include "services/router/generation.h"
 #include "services/router/http_server.h"
 #include "services/router/openai_request.h"
@@ -26,6 +28,7 @@ struct OpenAiApiOptions {
   ApiLimits limits;
   GenerationService* generations = nullptr;        // must outlive the servers
   const prometheus::Registry* registry = nullptr;  // for /metrics; must outlive the servers
+  TraceLog* traces = nullptr;                      // where requests' time is recorded; must outlive the servers; may be null
   HttpMetrics* metrics = nullptr;                  // must outlive the servers
   std::string version;                             // "millrace 0.1.0", in the status
   std::function<Json()> status;                    // what the status page shows; any thread; may be empty

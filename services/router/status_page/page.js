@@ -3,9 +3,11 @@
 //
 // One request at a time, none while the page is hidden. What it shows is the JSON that `curl` gets from the same
 // address; rates are differences of counters between two answers, taken here. The parts: numbers.js (what the whole
-// does), workers.js (who is there), tables.js (cache and experts), ask.js (the prompt).
+// does), workers.js (who is there), tables.js (cache and experts), requests.js (the last ones, explained), ask.js (the
+// prompt).
 import { startAsking } from "./ask.js";
 import { Numbers } from "./numbers.js";
+import { Requests } from "./requests.js";
 import { showCache, showExperts } from "./tables.js";
 import { Workers } from "./workers.js";
 
@@ -14,6 +16,10 @@ const kTimeoutMs = 5000;
 
 const byId = (id) => document.getElementById(id);
 const numbers = new Numbers(byId("numbers"));
+const requests = new Requests({
+  list: byId("requests"), dialog: byId("explain-dialog"), title: byId("explain-title"), facts: byId("explain-facts"),
+  phases: byId("explain-phases"),
+});
 const workers = new Workers(byId("drain-dialog"), byId("drain-name"), complain);
 let lastAnswer = 0;
 
@@ -49,6 +55,7 @@ async function ask() {
     });
     if (!reply.ok) throw new Error(`the router answered ${reply.status}`);
     show(await reply.json());
+    await requests.update();
     lastAnswer = Date.now();
     byId("freshness").textContent = `as of ${new Date(lastAnswer).toLocaleTimeString()}`;
   } catch (error) {
