@@ -177,6 +177,7 @@ void JoinClient::Run() {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     connected_ = false;
+    wake_.notify_all();  // who waits to be heard waits for nobody now
     if (stop_) return;
     // A stream that lasted was a good one: the next break is dialled again at once.
     redial = MonotonicNow() - began > absl::Seconds(2) ? kFirstRedial : std::min(redial * 2, kSlowestRedial);
