@@ -55,6 +55,7 @@ async function ask(parts, signal) {
       body: JSON.stringify({
         model: parts.model(), stream: true, stream_options: { include_usage: true },
         max_tokens: Number(parts.maxTokens.value) || 256,
+        temperature: 0, // an operator asks to see whether it works: the same prompt has the same answer
         thinking: { type: parts.thinking.checked ? "enabled" : "disabled" },
         messages: [{ role: "user", content: parts.prompt.value }],
       }),

@@ -31,7 +31,7 @@ export function showCache(box, status) {
   const slots = workers.reduce((sum, worker) => sum + worker.slots_total - worker.slots_free, 0);
   const rows = cache.families.map((family) => [family.name, humanBytes(family.bytes), humanBytes(family.bytes * used)]);
   rows.push(["state slot", humanBytes(cache.slot_bytes), humanBytes(cache.slot_bytes * slots)]);
-  fill(box, `${humanCount(used)} pages of ${cache.page_tokens} tokens and ${slots} slots are in use on decode workers.`,
+  fill(box, `In use on decode workers: pages of ${cache.page_tokens} tokens, ${humanCount(used)}; state slots, ${slots}.`,
     ["part", "each", "in use"], rows);
 }
 
