@@ -8,7 +8,8 @@
 #
 #   deploy/setup.sh          build and test packages
 #   deploy/setup.sh --clients  the above, and what the client tests fetch their clients with: nodejs, npm, golang-go,
-#                            python3-venv; a node, npm or go that is on the path already is not installed again
+#                            python3-venv; and chromium (350 MB), for the status page; a node, npm, go or chromium that
+#                            is on the path already is not installed again
 #   deploy/setup.sh --fuzz   the above build packages and clang-16 with its sanitizers
 #   deploy/setup.sh --lint   the above, clang-format-16, clang-tidy-16 and shellcheck
 #   deploy/setup.sh --cuda   the above build packages and the CUDA toolchain (about 420 MB on disk)
@@ -21,7 +22,7 @@ BUILD_PACKAGES=(cmake ninja-build ccache g++ pkg-config git
   libspdlog-dev libxxhash-dev libssl-dev libhwy-dev curl ca-certificates)
 TEST_PACKAGES=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-yaml nftables iproute2 openssl)
 # By the command that each brings: nodejs of another origin comes with its own npm, which Debian's package conflicts with.
-declare -A CLIENT_COMMANDS=([node]=nodejs [npm]=npm [go]=golang-go)
+declare -A CLIENT_COMMANDS=([node]=nodejs [npm]=npm [go]=golang-go [chromium]=chromium)
 LINT_PACKAGES=(clang-format-16 clang-tidy-16 shellcheck)
 FUZZ_PACKAGES=(clang-16 libclang-rt-16-dev)
 CUDA_PACKAGES=(python3 python3-pip)
@@ -38,7 +39,7 @@ main() {
       --fuzz) packages+=("${FUZZ_PACKAGES[@]}") ;;
       --lint) packages+=("${LINT_PACKAGES[@]}") ;;
       --cuda) with_cuda=1; packages+=("${CUDA_PACKAGES[@]}") ;;
-      -h | --help) sed -n '3,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+      -h | --help) sed -n '3,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
       *) fail "unknown option $argument; try --help" ;;
     esac
   done

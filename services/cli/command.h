@@ -50,6 +50,12 @@ int RunTokenize(Arguments);
 int RunDetokenize(Arguments);
 int RunInspect(Arguments);
 int RunKey(Arguments);
+int RunConfig(Arguments);
+int RunDoctor(Arguments);
+int RunDrain(Arguments);
+int RunExplain(Arguments);
+int RunHealth(Arguments);
+int RunTop(Arguments);
 int RunVersion(Arguments);
 
 // Prints "millrace run: message" as one line on standard error and returns `exit_code`.

@@ -19,6 +19,7 @@ namespace {
 
 constexpr absl::string_view kCluster = "Serve";
 constexpr absl::string_view kLocal = "One process, no cluster";
+constexpr absl::string_view kOperate = "Operate a cluster";
 constexpr absl::string_view kTools = "Look and check";
 
 constexpr Command kCommands[] = {
@@ -29,6 +30,12 @@ constexpr Command kCommands[] = {
     {"expert", "a member of the expert pool", RunExpert, kCluster},
     {"run", "answer one request with the whole model in this process", RunRun, kLocal},
     {"score", "logits of given tokens, safetensors in and out", RunScore, kLocal},
+    {"top", "the cluster at work, frame by frame", RunTop, kOperate},
+    {"explain", "why a request went where it went, and where its time went", RunExplain, kOperate},
+    {"drain", "have one worker finish and end", RunDrain, kOperate},
+    {"health", "whether a process is well, by exit status", RunHealth, kOperate},
+    {"doctor", "what is wrong with this machine, or between it and others", RunDoctor, kOperate},
+    {"config", "whether a configuration can work, before it is started", RunConfig, kOperate},
     {"chat", "talk to a running cluster", RunChat, kTools},
     {"bench", "load a running cluster and report latencies", RunBench, kTools},
     {"encode", "the prompt that a chat request becomes", RunEncode, kTools},

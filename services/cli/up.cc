@@ -24,7 +24,7 @@
 #include "nlohmann/json.hpp"
 #include "services/cli/chat_client.h"
 #include "services/cli/command.h"
-#include "services/cli/http_client.h"
+#include "services/cli/operator_client.h"
 #include "services/cli/process_memory.h"
 #include "services/cli/supervisor.h"
 #include "services/cli/terminal.h"
@@ -57,18 +57,6 @@ std::vector<ChildSpec> Children(const v1::ClusterConfig& config, const std::stri
   for (const auto& section : config.prefill()) add("prefill", section.worker(), 1);
   for (const auto& section : config.decode()) add("decode", section.worker(), 1);
   return specs;
-}
-
-// What the router says about the cluster, or why it says nothing.
-absl::StatusOr<Json> ClusterStatus(const v1::ClusterConfig& config) {
-  HttpCall call;
-  call.address = config.router().operator_listen();
-  call.connect_timeout = milliseconds(200);
-  call.read_timeout = milliseconds(1000);
-  ASSIGN_OR_RETURN(const HttpReply reply, Send(call));
-  Json json = Json::parse(reply.body, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object() || !json.contains("cluster")) return absl::UnavailableError("no status");
-  return json;
 }
 
 // Ready means: the router would place a request, and every role that was started takes part.
@@ -225,7 +213,7 @@ class Up {
         board_.Close();
         return Fail("up", supervisor_.failed_exit_code() != 0 ? supervisor_.failed_exit_code() : kExitSoftware, status);
       }
-      const absl::StatusOr<Json> status = ClusterStatus(config_);
+      const absl::StatusOr<Json> status = ClusterStatus(config_.router().operator_listen());
       board_.Show(supervisor_, status.ok() ? std::optional<Json>(*status) : std::nullopt);
       if (status.ok() && AllReady(*status, supervisor_)) {
         board_.Close();

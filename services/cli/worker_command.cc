@@ -65,7 +65,7 @@ absl::StatusOr<std::unique_ptr<router::HttpServer>> ServeMetrics(const std::stri
 }  // namespace
 
 int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
-  std::string config_path, name;
+  std::string config_path, name, advertise;
   bool watchdog = true;
   Flags flags(
       role.command, role.summary,
@@ -75,6 +75,10 @@ int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
                    role.command, " --config cluster.json --name ", role.command, "-0"));
   flags.String("config", &config_path, "FILE", "The cluster's configuration document. Required.");
   flags.String("name", &name, "NAME", "Which entry is ours. Default: the only one of this role.");
+  flags.String(
+      "advertise", &advertise, "HOST[:PORT]",
+      "What others dial, instead of the entry's worker.advertise; such as a pod's address. Without a port: the "
+      "one that was bound.");
   flags.Bool("watchdog", &watchdog, "End with status 70 when work is pending and no pass ends for too long.");
   int exit_code = kExitOk;
   if (!ParseOrExplain(flags, role.command, arguments, &exit_code)) return exit_code;
@@ -84,8 +88,13 @@ int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
   }
   const absl::StatusOr<v1::ClusterConfig> cluster = LoadClusterConfig(config_path);
   if (!cluster.ok()) return Fail(role.command, kExitConfig, cluster.status());
-  const absl::StatusOr<WorkerConfig> config = SelectWorker(*cluster, role.role, name);
+  absl::StatusOr<WorkerConfig> config = SelectWorker(*cluster, role.role, name);
   if (!config.ok()) return Fail(role.command, kExitConfig, config.status());
+  if (!advertise.empty()) {
+    if (absl::Status status = OverrideAdvertise(*config, advertise); !status.ok()) {
+      return Fail(role.command, kExitUsage, status);
+    }
+  }
   if (const char* points = std::getenv("MILLRACE_FAILPOINTS")) {
     if (absl::Status status = failpoints::Arm(points); !status.ok()) return Fail(role.command, kExitUsage, status);
   }

@@ -360,6 +360,20 @@ absl::StatusOr<std::vector<int>> WorkerConfig::ExpertsOf(int num_experts) const 
   return share;
 }
 
+absl::Status OverrideAdvertise(WorkerConfig& config, std::string_view address) {
+  std::string text(address);
+  if (std::count(text.begin(), text.end(), ':') > 1 && text.front() != '[') text = absl::StrCat("[", text, "]");
+  if (!absl::StrContains(text, ':') || text.back() == ']') absl::StrAppend(&text, ":0");
+  RETURN_IF_ERROR(CheckAddress("--advertise", text, false, true));
+  v1::ClusterConfig& cluster = config.cluster;
+  v1::WorkerSection* const worker =
+      config.role == v1::ROLE_PREFILL  ? cluster.mutable_prefill(config.position)->mutable_worker()
+      : config.role == v1::ROLE_DECODE ? cluster.mutable_decode(config.position)->mutable_worker()
+                                       : cluster.mutable_expert(config.position)->mutable_worker();
+  worker->set_advertise(text);
+  return absl::OkStatus();
+}
+
 absl::StatusOr<WorkerConfig> SelectWorker(const v1::ClusterConfig& cluster, v1::Role role, std::string_view name) {
   const int count = role == v1::ROLE_PREFILL  ? cluster.prefill_size()
                     : role == v1::ROLE_DECODE ? cluster.decode_size()

@@ -46,6 +46,10 @@ struct WorkerConfig {
 // The entry called `name`; an empty name means the only entry of that role. NotFound lists the names there are.
 absl::StatusOr<WorkerConfig> SelectWorker(const v1::ClusterConfig& cluster, v1::Role role, std::string_view name);
 
+// What others dial, instead of the document's worker.advertise: "host", "host:port", an IPv6 address with or without
+// brackets. Without a port it is the one that gets bound. InvalidArgument says what was found.
+absl::Status OverrideAdvertise(WorkerConfig& config, std::string_view address);
+
 inline absl::Duration Ms(uint64_t milliseconds) { return absl::Milliseconds(static_cast<int64_t>(milliseconds)); }
 
 }  // namespace millrace

@@ -150,6 +150,20 @@ void JoinClient::Nudge() {
   wake_.notify_all();
 }
 
+bool JoinClient::AwaitHeard(absl::Duration limit) {
+  const absl::Time end = MonotonicNow() + limit;
+  std::unique_lock<std::mutex> lock(mutex_);
+  const uint64_t fresh = beat_ + 1;  // a status under way may have been filled before what we want heard
+  nudged_ = true;
+  wake_.notify_all();
+  while (heard_beat_ < fresh) {
+    const absl::Duration left = end - MonotonicNow();
+    if (!connected_ || stop_ || left <= absl::ZeroDuration()) return false;
+    wake_.wait_for(lock, absl::ToChronoMicroseconds(left));
+  }
+  return true;
+}
+
 bool JoinClient::connected() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return connected_;
@@ -168,6 +182,7 @@ void JoinClient::Run() {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     connected_ = false;
+    wake_.notify_all();  // who waits to be heard waits for nobody now
     if (stop_) return;
     // A stream that lasted was a good one: the next break is dialled again at once.
     redial = MonotonicNow() - began > absl::Seconds(2) ? kFirstRedial : std::min(redial * 2, kSlowestRedial);
@@ -223,8 +238,11 @@ void JoinClient::ServeStream(Stream& stream) {
     }
     if ((now >= next_beat || nudged) && stream.Idle()) {
       v1::WorkerMessage message;
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        message.mutable_status()->set_beat(++beat_);
+      }
       callbacks_.fill_status(*message.mutable_status());
-      message.mutable_status()->set_beat(++beat_);
       stream.Write(std::move(message));
       next_beat = now + heartbeat_;
     }
@@ -254,8 +272,14 @@ void JoinClient::Handle(Stream&, const v1::RouterMessage& message) {
     case v1::RouterMessage::kDrain:
       if (callbacks_.on_drain) callbacks_.on_drain(message.drain());
       break;
+    case v1::RouterMessage::kEcho: {
+      std::lock_guard<std::mutex> lock(mutex_);
+      heard_beat_ = std::max(heard_beat_, message.echo());
+    }
+      wake_.notify_all();
+      break;
     default:
-      break;  // echoes only prove that the router hears us
+      break;
   }
 }
 

@@ -48,6 +48,8 @@ class JoinClient {
   void SetReady(v1::WorkerReady ready);  // once
   // Sends a status soon instead of at the next beat: for changes that the router should not wait for.
   void Nudge();
+  // Sends a status now and waits until the router has echoed it. False: not within `limit`, or no router is there.
+  bool AwaitHeard(absl::Duration limit);
   void Stop();
   bool connected() const;
 
@@ -67,12 +69,13 @@ class JoinClient {
   bool nudged_ = false;                   // guarded by mutex_
   bool stop_ = false;                     // guarded by mutex_
   bool connected_ = false;                // guarded by mutex_
+  uint64_t beat_ = 0;                     // guarded by mutex_: of the last status that was filled
+  uint64_t heard_beat_ = 0;               // guarded by mutex_: the last that was echoed
   // Own thread only.
   absl::Duration heartbeat_;
   absl::Duration dead_after_;
   absl::Time last_heard_;
   bool lost_ = true;  // nothing to lose before the first welcome
-  uint64_t beat_ = 0;
   std::string last_end_;  // why a stream ended, as logged
   std::thread thread_;
 };

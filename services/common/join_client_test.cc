@@ -114,6 +114,18 @@ TEST(JoinClient, SaysHelloThenReadyThenBeatsAndHearsDirectives) {
   worker.client->Stop();
 }
 
+TEST(JoinClient, WhatItWantsHeardIsHeardBeforeItGoesOn) {
+  FakeRouter router;
+  const auto server = Serve(router, "127.0.0.1:0");
+  Worker worker(server->address());
+  ASSERT_TRUE(Becomes([&] { return worker.client->connected(); }));
+  const uint64_t before = router.last_beat.load();
+  EXPECT_TRUE(worker.client->AwaitHeard(absl::Seconds(10)));
+  EXPECT_GT(router.last_beat.load(), before);
+  worker.client->Stop();
+  EXPECT_FALSE(worker.client->AwaitHeard(absl::Seconds(10)));  // nobody is there: it does not wait for them
+}
+
 TEST(JoinClient, ARestartedRouterIsJoinedAgainAndRecognisedAsAnother) {
   auto first = std::make_unique<FakeRouter>();
   auto server = Serve(*first, "127.0.0.1:0");

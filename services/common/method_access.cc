@@ -27,6 +27,7 @@ const std::vector<MethodAccess>& Table() {
       {"/millrace.v1.Handoff/Release", {kRouter}},
       {"/millrace.v1.Expert/Describe", {kPrefill, kDecode, kOperator}},
       {"/millrace.v1.Expert/Attach", {kPrefill, kDecode}},
+      {"/millrace.v1.Expert/Detach", {kPrefill, kDecode}},
       {"/millrace.v1.Expert/Exchange", {kPrefill, kDecode}},
       {"/grpc.health.v1.Health/Check", {kRouter, kPrefill, kDecode, kExpert, kOperator}},
       {"/grpc.health.v1.Health/Watch", {kRouter, kPrefill, kDecode, kExpert, kOperator}},

@@ -151,6 +151,21 @@ TEST(Config, ExpertSetsAreRangesAndSharesAreEven) {
   EXPECT_THAT(std::string(SelectWorker(*config, v1::ROLE_EXPERT, "x").status().message()), HasSubstr("expert-1"));
 }
 
+TEST(Config, WhatIsAdvertisedMayBeSaidOnTheCommandLine) {
+  const auto config = ParseClusterConfig(R"({"model":{"path":"m"},"decode":[{}]})", "");
+  WorkerConfig worker = *SelectWorker(*config, v1::ROLE_DECODE, "");
+  const std::pair<const char*, const char*> kGood[] = {
+      {"10.0.0.7:9090", "10.0.0.7:9090"}, {"10.0.0.7", "10.0.0.7:0"},   {"pod-1.svc", "pod-1.svc:0"},
+      {"fd00::7", "[fd00::7]:0"},         {"[fd00::7]", "[fd00::7]:0"}, {"[fd00::7]:9090", "[fd00::7]:9090"}};
+  for (const auto& [given, taken] : kGood) {
+    ASSERT_TRUE(OverrideAdvertise(worker, given).ok()) << given;
+    EXPECT_EQ(worker.worker().advertise(), taken);
+  }
+  for (const char* wrong : {":9090", "host:", "host:port", "host:70000"}) {
+    EXPECT_THAT(std::string(OverrideAdvertise(worker, wrong).message()), HasSubstr("--advertise")) << wrong;
+  }
+}
+
 TEST(Failpoints, OnlyTheHitAskedForFails) {
   ASSERT_TRUE(failpoints::Arm("d.reserve=error(UNAVAILABLE)@2;bug.double_token=on").ok());
   EXPECT_TRUE(failpoints::Hit("d.reserve").ok());

@@ -18,13 +18,15 @@
 #include "services/common/failpoints.h"
 #include "services/common/generation_spec.h"
 #include "services/common/model_notice.h"
+#include "services/common/software.h"
 #include "spdlog/spdlog.h"
 
 namespace millrace {
 namespace {
 
-constexpr char kSoftware[] = "millrace 0.1.0";
 constexpr absl::Duration kShutdownGrace = absl::Milliseconds(500);
+// A router that is there answers in milliseconds; one that is stuck must not keep us from ending.
+constexpr absl::Duration kDrainHeard = absl::Seconds(2);
 constexpr int kExitStuck = 70;
 constexpr int kFirstPassFactor = 10;
 
@@ -112,7 +114,9 @@ absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services
 
 // A wildcard address cannot be dialled; the host's name can, in a cluster whose names resolve.
 std::string WorkerCore::AdvertisedAddress() const {
-  if (!config_.worker().advertise().empty()) return config_.worker().advertise();
+  if (const std::string& given = config_.worker().advertise(); !given.empty()) {
+    return absl::EndsWith(given, ":0") ? absl::StrCat(given.substr(0, given.size() - 1), server_->port()) : given;
+  }
   const std::string& bound = server_->address();
   if (!absl::StartsWith(bound, "0.0.0.0:") && !absl::StartsWith(bound, "[::]:")) return bound;
   char host[256] = "localhost";
@@ -245,11 +249,12 @@ void WorkerCore::CheckProgress(const v1::WorkerStatus& status) {
   _exit(kExitStuck);
 }
 
-void WorkerCore::Drain(const std::function<bool()>& idle, absl::Duration grace) {
+void WorkerCore::Drain(const std::function<void()>& refuse, const std::function<bool()>& idle, absl::Duration grace) {
+  const absl::Time end = MonotonicNow() + grace;
   draining_.store(true);
   SetServing(false);
-  Nudge();
-  const absl::Time end = MonotonicNow() + grace;
+  if (join_ != nullptr) join_->AwaitHeard(std::min(grace, kDrainHeard));
+  refuse();
   while (!idle() && MonotonicNow() < end) std::this_thread::sleep_for(std::chrono::milliseconds(5));
 }
 

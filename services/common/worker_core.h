@@ -74,8 +74,9 @@ class WorkerCore {
   // Everything is there; `ready` needs role-specific fields only. Hooks are called from here on.
   void SetReady(WorkerHooks hooks, v1::WorkerReady ready);
   void Nudge();  // any thread: something changed that the router should know soon
-  // Unready at once, then waits until `idle` or `grace` is over.
-  void Drain(const std::function<bool()>& idle, absl::Duration grace);
+  // Unready at once. When the router has heard it, and so places nothing here any more, `refuse` is called; what comes
+  // until then is work like any other. Then waits until `idle` or `grace` is over.
+  void Drain(const std::function<void()>& refuse, const std::function<bool()>& idle, absl::Duration grace);
   void Shutdown();
   bool drain_requested() const { return drain_requested_.load(); }  // the router asked for it
 

@@ -64,8 +64,11 @@ absl::Status DecodeWorker::Load() {
 DecodeWorker::~DecodeWorker() { Stop(); }
 
 void DecodeWorker::Drain(absl::Duration grace) {
-  if (loop_ != nullptr) loop_->Drain();
-  core_.Drain([this] { return loop_ == nullptr || loop_->Idle(); }, grace);
+  core_.Drain(
+      [this] {
+        if (loop_ != nullptr) loop_->Drain();
+      },
+      [this] { return loop_ == nullptr || loop_->Idle(); }, grace);
 }
 
 void DecodeWorker::Stop() {

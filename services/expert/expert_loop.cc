@@ -20,7 +20,7 @@ constexpr absl::Duration kIdleWait = absl::Milliseconds(100);  // only how soon 
 
 ExpertLoop::ExpertLoop(LocalExperts& experts, kvtransfer::Transport* transport, ExpertLoopOptions options,
                        WorkerMetrics* metrics)
-    : experts_(experts), transport_(transport), options_(options), metrics_(metrics) {
+    : experts_(experts), transport_(transport), options_(options), metrics_(metrics), last_arrival_(MonotonicNow()) {
   if (transport_ != nullptr) transport_->SetHandler(kRequestChannel, this);
   thread_ = std::thread([this] { Run(); });
 }
@@ -34,6 +34,16 @@ void ExpertLoop::Attach(IncarnationId caller) {
   const auto oldest = std::min_element(callers_.begin(), callers_.end(),
                                        [](const auto& a, const auto& b) { return a.second < b.second; });
   callers_.erase(oldest);
+}
+
+void ExpertLoop::Detach(IncarnationId caller) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  callers_.erase(caller);
+}
+
+bool ExpertLoop::LetGo(absl::Time now, absl::Duration silence) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return Idle() && (callers_.empty() || now - last_arrival_ > silence);
 }
 
 bool ExpertLoop::attached(IncarnationId caller) const {
@@ -109,6 +119,7 @@ void ExpertLoop::Enqueue(Request request) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     queue_.push_back(std::move(request));
+    last_arrival_ = MonotonicNow();
     queued_.store(queue_.size());
   }
   ready_.notify_one();

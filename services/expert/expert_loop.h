@@ -21,6 +21,7 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/functional/any_invocable.h"
+#include "absl/time/time.h"
 #include "engine/moe/local_experts.h"
 #include "kvtransfer/transport.h"
 #include "millrace/v1/cluster.pb.h"
@@ -50,6 +51,7 @@ class ExpertLoop final : public kvtransfer::MessageHandler {
   ~ExpertLoop() override;  // Stop
 
   void Attach(IncarnationId caller);
+  void Detach(IncarnationId caller);
   bool attached(IncarnationId caller) const;
   // One request from a stream. `reply` is called once, from the engine thread or at once.
   void Submit(ExpertHeader header, Payload payload, Reply reply);
@@ -57,6 +59,9 @@ class ExpertLoop final : public kvtransfer::MessageHandler {
 
   void FillStatus(v1::WorkerStatus& status) const;
   bool Idle() const { return waiting_.load() == 0; }
+  // Idle, and nobody will ask again: every caller has let go, or none has asked for `silence` (those that died do not
+  // let go).
+  bool LetGo(absl::Time now, absl::Duration silence) const;
 
   kvtransfer::Placement OnMessage(const kvtransfer::IncomingMessage& message) override;
 
@@ -85,6 +90,7 @@ class ExpertLoop final : public kvtransfer::MessageHandler {
   std::deque<Request> queue_;                             // guarded by mutex_
   absl::flat_hash_map<IncarnationId, uint64_t> callers_;  // guarded by mutex_; value: order of attachment
   uint64_t attachments_ = 0;                              // guarded by mutex_
+  absl::Time last_arrival_;                               // guarded by mutex_
   std::atomic<size_t> arriving_or_queued_{0};
   std::atomic<size_t> queued_{0};
   std::atomic<size_t> waiting_{0};

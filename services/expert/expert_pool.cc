@@ -19,6 +19,8 @@ namespace millrace::expert {
 namespace {
 
 constexpr absl::Duration kReattach = absl::Milliseconds(200);
+constexpr absl::Duration kLeavingPoll = absl::Milliseconds(20);  // of what still refers to a member that drains
+constexpr absl::Duration kDetachTimeout = absl::Milliseconds(500);
 
 }  // namespace
 
@@ -78,6 +80,7 @@ void ExpertPool::SetPeers(const v1::PeerList& peers) {
         return IncarnationId::From(member->info.incarnation()) == IncarnationId::From(info.incarnation());
       });
       if (same != members_.end()) {
+        (*same)->draining.store(info.draining());
         next.push_back(*same);
         continue;
       }
@@ -118,9 +121,13 @@ std::shared_ptr<const PoolTable> ExpertPool::table() const {
 absl::Status ExpertPool::Ready() const {
   std::lock_guard<std::mutex> lock(mutex_);
   for (int e = 0; e < options_.num_experts; ++e) {
-    if (table_->owners[e].member != nullptr) continue;
+    const PoolMember* const owner = table_->owners[e].member.get();
+    if (owner != nullptr && !owner->draining.load()) continue;
     if (std::find(options_.local_experts.begin(), options_.local_experts.end(), e) != options_.local_experts.end()) {
       continue;
+    }
+    if (owner != nullptr) {  // enough for what runs, not for what is still to come
+      return absl::UnavailableError(absl::StrCat("expert ", e, " is only at ", owner->info.name(), ", which drains"));
     }
     return absl::UnavailableError(absl::StrCat("expert ", e, " is at no member of the pool",
                                                last_failure_.empty() ? "" : ", last loss: ", last_failure_));
@@ -132,15 +139,17 @@ void ExpertPool::Rebuild() {
   auto table = std::make_shared<PoolTable>();
   table->owners.resize(static_cast<size_t>(options_.num_experts));
   for (int e = 0; e < options_.num_experts; ++e) {
-    std::vector<PoolTable::Owner> replicas;
+    std::vector<PoolTable::Owner> replicas, leaving;
     for (const auto& member : members_) {
       if (!member->usable.load()) continue;
       const auto& experts = member->info.share().experts();
       const auto at = std::lower_bound(experts.begin(), experts.end(), static_cast<uint32_t>(e));
       if (at == experts.end() || *at != static_cast<uint32_t>(e)) continue;
       const int waves = std::max(1, static_cast<int>(member->info.share().waves()));
-      replicas.push_back({member, static_cast<int>((at - experts.begin()) * waves / experts.size())});
+      (member->draining.load() ? leaving : replicas)
+          .push_back({member, static_cast<int>((at - experts.begin()) * waves / experts.size())});
     }
+    if (replicas.empty()) replicas = std::move(leaving);
     if (replicas.empty()) continue;
     // Replicas share the experts among them; which one computes never changes the bits.
     table->owners[e] = replicas[static_cast<size_t>(e) % replicas.size()];
@@ -157,8 +166,20 @@ void ExpertPool::Run() {
     changed_ = false;
     lock.unlock();
     for (const auto& member : retired) (void)member->SetLink(nullptr);  // may wait for gRPC, so not under the lock
-    bool all = true, any_new = false;
-    for (const auto& member : wanted) {
+    bool all = true, any_new = false, leaving = false;
+    for (auto& member : wanted) {
+      if (member->draining.load()) {
+        if (!member->usable.load()) continue;
+        // Ours and the list's are the last references: no table sends to it, no batch waits for it.
+        if (member.use_count() > 2) {
+          leaving = true;
+          continue;
+        }
+        member->usable.store(false);
+        Detach(*member);
+        (void)member->SetLink(nullptr);
+        continue;
+      }
       if (member->usable.load()) continue;
       if (ToMicros(MonotonicNow()) < member->try_again_us.load()) {
         all = false;
@@ -184,7 +205,10 @@ void ExpertPool::Run() {
       lock.lock();
     }
     const auto news = [this] { return stop_ || changed_; };
-    if (all) {
+    wanted.clear();
+    if (leaving) {
+      wake_.wait_for(lock, absl::ToChronoMilliseconds(kLeavingPoll), news);
+    } else if (all) {
       wake_.wait(lock, news);
     } else {
       wake_.wait_for(lock, absl::ToChronoMilliseconds(kReattach), news);
@@ -195,9 +219,19 @@ void ExpertPool::Run() {
   retired_.clear();
   lock.unlock();
   for (const auto& member : left) {
-    member->usable.store(false);
+    if (member->usable.exchange(false)) Detach(*member);
     (void)member->SetLink(nullptr);
   }
+}
+
+// Best effort: a member that does not hear it waits until we have been silent for long enough.
+void ExpertPool::Detach(const PoolMember& member) {
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMicroseconds(kDetachTimeout));
+  v1::DetachRequest request;
+  options_.incarnation.To(request.mutable_caller());
+  v1::DetachResponse response;
+  (void)v1::Expert::NewStub(channels_.Get(member.info.control_address(), PeerRole::kExpert))->Detach(&context, request, &response);
 }
 
 absl::Status ExpertPool::Connect(PoolMember& member) {

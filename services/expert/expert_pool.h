@@ -3,7 +3,8 @@
 //
 // The router's list says who there is. This attaches to each member (which checks the compatibility hash), opens the
 // link, and gives the exchange a table expert -> member. A member whose link breaks or that does not answer drops out
-// of the table at once and is attached again in the background for as long as the router lists it.
+// of the table at once and is attached again in the background for as long as the router lists it. One that drains
+// leaves the table as soon as others have its experts, and is told so (Detach) when its last answer has come.
 //
 // Thread: any. One thread of its own makes the calls that wait.
 #pragma once
@@ -32,9 +33,10 @@ namespace millrace::expert {
 struct PoolMember {
   const v1::ExpertPeer info;
   std::atomic<bool> usable{false};
+  std::atomic<bool> draining{false};
   std::atomic<int64_t> try_again_us{0};  // monotonic; a member that has just failed is left alone for a moment
 
-  explicit PoolMember(v1::ExpertPeer i) : info(std::move(i)) {}
+  explicit PoolMember(v1::ExpertPeer i) : info(std::move(i)), draining(info.draining()) {}
   std::shared_ptr<ExpertLink> link() const {
     std::lock_guard<std::mutex> lock(mutex_);
     return link_;
@@ -90,6 +92,7 @@ class ExpertPool {
  private:
   void Run();
   absl::Status Connect(PoolMember& member);
+  void Detach(const PoolMember& member);
   void Rebuild();  // mutex_ held
 
   const ExpertPoolOptions options_;

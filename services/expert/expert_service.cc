@@ -125,6 +125,18 @@ grpc::ServerUnaryReactor* ExpertService::Attach(grpc::CallbackServerContext* con
   return reactor;
 }
 
+grpc::ServerUnaryReactor* ExpertService::Detach(grpc::CallbackServerContext* context, const v1::DetachRequest* request,
+                                                v1::DetachResponse*) {
+  auto* reactor = context->DefaultReactor();
+  const absl::Status status = [&]() -> absl::Status {
+    RETURN_IF_ERROR(CheckIncarnation("caller", request->caller()));
+    if (ExpertLoop* const loop = loop_.load()) loop->Detach(IncarnationId::From(request->caller()));
+    return absl::OkStatus();
+  }();
+  reactor->Finish(ToGrpcStatus(status));
+  return reactor;
+}
+
 grpc::ServerBidiReactor<v1::ExchangeFrame, v1::ExchangeFrame>* ExpertService::Exchange(grpc::CallbackServerContext*) {
   auto stream = std::make_shared<ExchangeStream>(loop_.load());
   stream->Begin();

@@ -22,6 +22,8 @@ class ExpertService final : public v1::Expert::CallbackService {
                                      v1::DescribeExpertsResponse* response) override;
   grpc::ServerUnaryReactor* Attach(grpc::CallbackServerContext* context, const v1::AttachRequest* request,
                                    v1::AttachResponse* response) override;
+  grpc::ServerUnaryReactor* Detach(grpc::CallbackServerContext* context, const v1::DetachRequest* request,
+                                   v1::DetachResponse* response) override;
   grpc::ServerBidiReactor<v1::ExchangeFrame, v1::ExchangeFrame>* Exchange(
       grpc::CallbackServerContext* context) override;
 

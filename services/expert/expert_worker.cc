@@ -7,6 +7,7 @@
 #include "absl/strings/str_join.h"
 #include "engine/ops/vector_cpu.h"
 #include "engine/status.h"
+#include "services/common/clock.h"
 #include "services/expert/engine_host.h"
 #include "spdlog/spdlog.h"
 
@@ -75,8 +76,10 @@ absl::Status ExpertWorker::Load() {
 
 ExpertWorker::~ExpertWorker() { Stop(); }
 
+// Takes work to the end: who asks has been told to go elsewhere, and lets go when what it has sent is answered.
 void ExpertWorker::Drain(absl::Duration grace) {
-  core_.Drain([this] { return loop_ == nullptr || loop_->Idle(); }, grace);
+  const absl::Duration silence = Ms(core_.config().cluster.timers().dead_after_ms());
+  core_.Drain([] {}, [&] { return loop_ == nullptr || loop_->LetGo(MonotonicNow(), silence); }, grace);
 }
 
 void ExpertWorker::Stop() {

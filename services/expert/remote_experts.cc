@@ -78,6 +78,7 @@ absl::Status RemoteExperts::Dispatch(const ExpertBatch& batch) {
       }
     }
   }
+  waves_.clear();  // from here on only the batch refers to members: one that drains can see whether it is done
   return absl::OkStatus();
 }
 
@@ -392,6 +393,7 @@ absl::Status RemoteExperts::Scatter(Batch& batch, float* expert_rows) {
 
 absl::Status RemoteExperts::FailBatch(absl::Status why) {
   failed_.fetch_add(1);
+  waves_.clear();
   std::lock_guard<std::mutex> lock(mutex_);
   current_ = nullptr;  // late replies find nothing; their buffers live as long as they are written
   return why;

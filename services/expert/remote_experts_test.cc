@@ -262,6 +262,49 @@ TEST_F(RemoteExpertsTest, ALostMemberIsNamedAndItsReplacementIsUsed) {
   }
 }
 
+TEST_F(RemoteExpertsTest, AMemberThatDrainsAnswersWhatItHasAndIsThenLetGo) {
+  for (bool over_grpc : {false, true}) {
+    Pool pool({Numerics::kRelease, over_grpc, 2, 1});
+    ASSERT_TRUE(pool.BecomesReady());
+    const Rows rows(1, 20, 3);
+    const auto alone = Exchange(*Load(Numerics::kRelease, {}), rows);
+    Member& leaving = *pool.members[1];
+    const auto let_go = [&] { return leaving.loop->LetGo(MonotonicNow(), absl::InfiniteDuration()); };
+
+    // Nobody else has its experts: it goes on for what runs, and no more is promised.
+    leaving.info.set_draining(true);
+    pool.SetPeers();
+    EXPECT_THAT(std::string(pool.remote->Ready().message()), HasSubstr("expert-1, which drains"));
+    const auto last_resort = Exchange(*pool.remote, rows);
+    ASSERT_TRUE(last_resort.ok()) << last_resort.status();
+    EXPECT_TRUE(SameBits(*last_resort, *alone));
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    EXPECT_FALSE(let_go());
+
+    // Somebody has: a batch that is out comes back whole, later ones go elsewhere.
+    std::vector<int> all(Demo().config().n_routed_experts);
+    std::iota(all.begin(), all.end(), 0);
+    ASSERT_TRUE(failpoints::Arm("e.before_compute=sleep(300)").ok());
+    absl::StatusOr<std::vector<float>> under_way = absl::UnknownError("not asked");
+    std::thread asking([&] { under_way = Exchange(*pool.remote, rows); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    pool.members.push_back(std::make_unique<Member>(pool.hub, Numerics::kRelease, "expert-2", all, 1));
+    pool.SetPeers();
+    asking.join();
+    ASSERT_TRUE(failpoints::Arm("").ok());
+    ASSERT_TRUE(under_way.ok()) << under_way.status();
+    EXPECT_TRUE(SameBits(*under_way, *alone));
+    ASSERT_TRUE(pool.BecomesReady()) << pool.remote->Ready();
+    for (const absl::Time end = MonotonicNow() + absl::Seconds(20); !let_go() && MonotonicNow() < end;) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    EXPECT_TRUE(let_go());
+    const auto found = Exchange(*pool.remote, rows);
+    ASSERT_TRUE(found.ok()) << found.status();
+    EXPECT_TRUE(SameBits(*found, *alone));
+  }
+}
+
 TEST_F(RemoteExpertsTest, ALateMemberIsNamedAndItsLateReplyIsDropped) {
   Setting setting;
   setting.timeout = absl::Milliseconds(100);

@@ -62,8 +62,11 @@ absl::Status PrefillWorker::Load() {
 PrefillWorker::~PrefillWorker() { Stop(); }
 
 void PrefillWorker::Drain(absl::Duration grace) {
-  if (loop_ != nullptr) loop_->Drain();
-  core_.Drain([this] { return loop_ == nullptr || loop_->Idle(); }, grace);
+  core_.Drain(
+      [this] {
+        if (loop_ != nullptr) loop_->Drain();
+      },
+      [this] { return loop_ == nullptr || loop_->Idle(); }, grace);
 }
 
 void PrefillWorker::Stop() {

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <boost/asio/post.hpp>
 #include <boost/asio/thread_pool.hpp>
+#include <chrono>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -20,10 +21,13 @@
 #include "absl/strings/str_split.h"
 #include "engine/status.h"
 #include "engine/text/concat.h"
+#include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/http_status.h"
+#include "services/router/explanation.h"
 #include "services/router/openai_response.h"
 #include "services/router/openai_session.h"
+#include "services/router/status_page.h"
 
 namespace millrace::router {
 namespace {
@@ -39,7 +43,7 @@ constexpr size_t kMaxIgnoredNames = 32;
 struct Route {
   std::string_view method;
   std::string_view path;
-  enum Kind { kChat, kCompletions, kModels, kHealth, kReady, kMetrics, kStatus } kind;
+  enum Kind { kChat, kCompletions, kModels, kHealth, kReady, kMetrics, kStatus, kRequests } kind;
 };
 constexpr Route kPublicRoutes[] = {
     {"POST", "/v1/chat/completions", Route::kChat},
@@ -50,6 +54,8 @@ constexpr Route kPublicRoutes[] = {
 };
 constexpr Route kOperatorRoutes[] = {
     {"GET", "/", Route::kStatus},
+    {"GET", "/requests", Route::kRequests},
+    {"POST", "/v1/chat/completions", Route::kChat},  // for the status page, so that no other origin need be allowed
     {"GET", "/metrics", Route::kMetrics},
     {"GET", "/healthz", Route::kHealth},
     {"GET", "/readyz", Route::kReady},
@@ -58,6 +64,8 @@ constexpr std::string_view kModelPrefix = "/v1/models/";
 // On the operator's port: POST /workers/NAME/drain.
 constexpr std::string_view kWorkerPrefix = "/workers/";
 constexpr std::string_view kDrainSuffix = "/drain";
+constexpr std::string_view kRequestPrefix = "/requests/";
+constexpr size_t kMaxListedRequests = 50;
 
 absl::Status NotFound() {
   return MakeError(absl::StatusCode::kNotFound, "There is no such route.", {.code = "not_found"});
@@ -148,18 +156,10 @@ std::string IgnoredHeader(std::vector<std::string> names) {
   return absl::StrCat(absl::StrJoin(names, ", "), cut ? ", ..." : "");
 }
 
-std::string EscapeHtml(std::string_view text) {
-  std::string escaped;
-  for (const char c : text) {
-    if (c == '<') {
-      escaped += "&lt;";
-    } else if (c == '&') {
-      escaped += "&amp;";
-    } else {
-      escaped += c;
-    }
-  }
-  return escaped;
+const EmbeddedFile* FindPageFile(std::string_view path) {
+  const auto files = StatusPageFiles();
+  const auto found = std::find_if(files.begin(), files.end(), [&](const auto& file) { return file.path == path; });
+  return found == files.end() ? nullptr : &*found;
 }
 
 }  // namespace
@@ -202,9 +202,15 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     }
     const std::optional<std::string> drained = is_public ? std::nullopt : WorkerToDrain(request);
     if (drained) allowed = {"POST"};
+    const EmbeddedFile* const file = is_public ? nullptr : FindPageFile(request.path);
+    const bool explains = !is_public && absl::StartsWith(request.path, AbslView(kRequestPrefix)) &&
+                          request.path.size() > kRequestPrefix.size();
+    if (file != nullptr || explains) allowed = {"GET"};
     if (drained && request.method == "POST") return DrainWorker(*drained, request, headers, *exchange);
     const bool reads = request.method == "GET" || request.method == "HEAD";
     if (is_model && reads) return AnswerModel(request, headers, *exchange);
+    if (explains && reads) return AnswerExplanation(request, headers, *exchange);
+    if (file != nullptr && reads) return AnswerPage(*file, headers, *exchange);
     if (allowed.empty()) return Answer(NotFound(), "unmatched", headers, *exchange);
     if (match == nullptr) return AnswerMethod(request, allowed, headers, *exchange);
     if (!request_id.ok()) return Answer(request_id.status(), RouteName(*match), headers, *exchange);
@@ -223,6 +229,8 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
         return AnswerMetrics(headers, *exchange);
       case Route::kStatus:
         return AnswerStatus(request, headers, *exchange);
+      case Route::kRequests:
+        return AnswerRequests(headers, *exchange);
     }
   }
 
@@ -328,23 +336,54 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
   }
 
   void AnswerStatus(const HttpRequest& request, const Headers& headers, HttpExchange& exchange) {
+    const auto accept = request.Header("accept");
+    if (accept && absl::StrContains(AbslView(*accept), "text/html")) {
+      return AnswerPage(StatusPageFiles()[0], headers, exchange);
+    }
     Json status;
+    status["version"] = options_.version;
     status["model"] = options_.model.id;
+    status["uptime_ms"] =
+        std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - started_).count();
     const absl::Status ready = Ready();
     status["ready"] = ready.ok();
     if (!ready.ok()) status["why_not_ready"] = std::string(ready.message());  // operators may read everything
     status["requests"] = num_requests();
     if (options_.status) status["cluster"] = options_.status();
-    const auto accept = request.Header("accept");
-    if (!accept || !absl::StrContains(AbslView(*accept), "text/html")) {
-      return Send({.body = DumpJson(status) + "\n"}, "/", headers, exchange);
+    HttpResponse response{.body = DumpJson(status) + "\n"};
+    response.headers = {{"Cache-Control", "no-store"}, {"Vary", "Accept"}, {"X-Content-Type-Options", "nosniff"}};
+    Send(std::move(response), "/", headers, exchange);
+  }
+
+  void AnswerRequests(const Headers& headers, HttpExchange& exchange) {
+    Json list;
+    list["requests"] = Json::array();
+    if (options_.traces != nullptr) {
+      for (const std::string& id : options_.traces->RequestIds(kMaxListedRequests)) {
+        const auto trace = options_.traces->Find(id);
+        if (trace) list["requests"].push_back(ExplanationSummaryJson(*trace, MonotonicNow()));
+      }
     }
-    const std::string text = status.dump(2, ' ', false, Json::error_handler_t::replace);
-    Send({.content_type = "text/html; charset=utf-8",
-          .body = absl::StrCat("<!doctype html><title>millrace</title><h1>millrace</h1><p><a href=\"/metrics\">metrics"
-                               "</a></p><pre>",
-                               EscapeHtml(text), "</pre>\n")},
-         "/", headers, exchange);
+    Send({.body = DumpJson(list) + "\n"}, "/requests", headers, exchange);
+  }
+
+  void AnswerExplanation(const HttpRequest& request, const Headers& headers, HttpExchange& exchange) {
+    const auto id = PercentDecode(std::string_view(request.path).substr(kRequestPrefix.size()));
+    const auto trace = id && options_.traces != nullptr ? options_.traces->Find(*id) : std::nullopt;
+    if (trace)
+      return Send({.body = DumpJson(ExplanationJson(*trace, MonotonicNow())) + "\n"}, "/requests/{id}", headers,
+                  exchange);
+    Answer(MakeError(absl::StatusCode::kNotFound,
+                     "There is no record of that request: it is unknown, or later ones have taken its place.",
+                     {.code = "request_not_found"}),
+           "/requests/{id}", headers, exchange);
+  }
+
+  void AnswerPage(const EmbeddedFile& file, const Headers& headers, HttpExchange& exchange) {
+    HttpResponse response{.content_type = std::string(file.content_type), .body = std::string(file.content)};
+    for (const auto& [name, value] : kStatusPageHeaders) response.headers.emplace_back(name, value);
+    response.headers.emplace_back("Vary", "Accept");
+    Send(std::move(response), "/page", headers, exchange);
   }
 
   std::optional<std::string> WorkerToDrain(const HttpRequest& request) const {
@@ -481,6 +520,7 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
   };
 
   const OpenAiApiOptions options_;
+  const std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
   std::atomic<bool> draining_{false};
   mutable std::mutex mutex_;
   std::set<std::string> live_ids_;  // guarded by mutex_

@@ -3,8 +3,10 @@
 // limits on how many there are.
 //
 // Public: POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /v1/models/{id}, GET /healthz,
-// GET /readyz. Operator: GET /metrics, GET / (status), GET /healthz, GET /readyz. Paths are compared as they came, so
-// no spelling of one route reaches another; anything else is 404.
+// GET /readyz. Operator: GET / (status, the page or JSON), GET /page/FILE, GET /requests, GET /requests/ID (explain),
+// GET /metrics, GET /healthz, GET /readyz, POST /workers/NAME/drain, and POST /v1/chat/completions for the page's
+// prompt. Paths are compared as they came, so no
+// spelling of one route reaches another; anything else is 404.
 //
 // Thread: any; handlers run on the server's strands, long parsing on threads of its own.
 #pragma once
@@ -15,6 +17,7 @@
 
 #include "services/common/metrics.h"
 #include "services/router/api_keys.h"
+#include "services/common/request_trace.h"
 #include "services/router/generation.h"
 #include "services/router/http_server.h"
 #include "services/router/openai_request.h"
@@ -26,8 +29,10 @@ struct OpenAiApiOptions {
   ApiLimits limits;
   GenerationService* generations = nullptr;        // must outlive the servers
   const prometheus::Registry* registry = nullptr;  // for /metrics; must outlive the servers
-  HttpMetrics* metrics = nullptr;                  // must outlive the servers
-  std::function<Json()> status;                    // what the status page shows; any thread; may be empty
+  TraceLog* traces = nullptr;      // where requests' time is recorded; must outlive the servers; may be null
+  HttpMetrics* metrics = nullptr;  // must outlive the servers
+  std::string version;             // "millrace 0.1.0", in the status
+  std::function<Json()> status;    // what the status page shows; any thread; may be empty
   // Asks a worker to drain, for the operator's POST /workers/NAME/drain; NotFound: there is no such worker. Any thread;
   // empty: there is no such route.
   std::function<absl::Status(const std::string& name)> drain_worker;

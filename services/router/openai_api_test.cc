@@ -13,10 +13,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/router/fake_generation_service.h"
 #include "services/router/http_test_client.h"
 #include "services/router/json_reader.h"
+#include "services/router/status_page.h"
 
 namespace millrace::router {
 namespace {
@@ -58,6 +60,7 @@ class OpenAiApiTest : public ::testing::Test {
     options.generations = generations_.get();
     options.registry = registry_.get();
     options.metrics = metrics_.get();
+    options.traces = &traces_;
     options.status = [] { return Json{{"workers", "<4>"}}; };
     options.drain_worker = [this](const std::string& name) {
       if (name != "decode-0") return absl::NotFoundError("secret words");
@@ -169,6 +172,7 @@ class OpenAiApiTest : public ::testing::Test {
   std::string drained_;                                    // the worker that was asked to drain
   int32_t max_tokens_limit_ = 0, default_max_tokens_ = 0;  // of the model, when the servers start
   static text::Tokenizer* tokenizer_;
+  TraceLog traces_{{}};
   std::shared_ptr<prometheus::Registry> registry_;
   std::unique_ptr<HttpMetrics> metrics_;
   std::unique_ptr<FakeGenerationService> generations_;
@@ -233,9 +237,54 @@ TEST_F(OpenAiApiTest, OperatorListenerShowsMetricsAndStatus) {
   EXPECT_THAT(metrics, HasSubstr("millrace_requests_running{role=\"router\"} 0"));
   EXPECT_THAT(metrics, HasSubstr("millrace_requests_waiting{role=\"router\"} 0"));
   EXPECT_EQ(Parse(AskOperator(Get("/")).body)["cluster"]["workers"], "<4>");
-  const TestReply page = AskOperator(Get("/", "Accept: text/html\r\n"));
-  EXPECT_THAT(page.body, HasSubstr("&lt;4>"));
   EXPECT_EQ(AskOperator(Get("/v1/models")).status, 404);
+}
+
+TEST_F(OpenAiApiTest, TheStatusPageIsTheOperatorsAndComesWithAStrictPolicy) {
+  TestReply page = AskOperator(Get("/", "Accept: text/html\r\n"));
+  EXPECT_THAT(page.body, HasSubstr("<!doctype html>"));
+  EXPECT_EQ(page.headers["vary"], "Accept");
+  for (const EmbeddedFile& file : StatusPageFiles()) {
+    TestReply reply = AskOperator(Get(std::string(file.path)));
+    EXPECT_EQ(reply.status, 200) << file.path;
+    EXPECT_EQ(reply.body, file.content) << file.path;
+    EXPECT_EQ(reply.headers["content-type"], file.content_type) << file.path;
+    EXPECT_EQ(reply.headers["x-content-type-options"], "nosniff") << file.path;
+    EXPECT_THAT(reply.headers["content-security-policy"], HasSubstr("default-src 'none'; script-src 'self'"));
+    EXPECT_EQ(Ask(Get(std::string(file.path))).status, 404) << file.path << " on the public port";
+    EXPECT_EQ(AskOperator(Post(std::string(file.path), "{}")).status, 405) << file.path;
+  }
+  EXPECT_EQ(AskOperator(Get("/page/../page/page.js")).status, 404);
+}
+
+TEST_F(OpenAiApiTest, ARequestIsExplainedToTheOperatorAlone) {
+  auto trace = traces_.Begin("req/1 x", "POST /v1/completions", "", MonotonicNow());
+  trace->Begin(Phase::kQueue, MonotonicNow());
+  EXPECT_EQ(Parse(AskOperator(Get("/requests/req%2F1%20x")).body)["state"], "running");
+  trace->Close(MonotonicNow(), absl::StatusCode::kOk, 200);
+  const Json explained = Parse(AskOperator(Get("/requests/req%2F1%20x")).body);
+  EXPECT_EQ(explained["request_id"], "req/1 x");
+  EXPECT_EQ(explained["phases"][0]["name"], "queue");
+  const Json list = Parse(AskOperator(Get("/requests")).body);
+  ASSERT_EQ(list["requests"].size(), 1u);
+  EXPECT_EQ(list["requests"][0]["http_status"], 200);
+  EXPECT_EQ(CodeOf(AskOperator(Get("/requests/other"))), "request_not_found");
+  EXPECT_EQ(AskOperator(Get("/requests/%zz")).status, 404);
+  EXPECT_EQ(AskOperator(Post("/requests/other", "{}")).status, 405);
+  EXPECT_EQ(Ask(Get("/requests")).status, 404);
+  EXPECT_EQ(Ask(Get("/requests/req%2F1%20x")).status, 404);
+}
+
+TEST_F(OpenAiApiTest, ThePagesPromptIsAnsweredOnItsOwnOriginAndOnNoOther) {
+  TestReply reply = AskOperator(Post("/v1/chat/completions", Chat(), "Origin: http://elsewhere\r\n"));
+  EXPECT_EQ(reply.status, 200);
+  EXPECT_EQ(reply.headers.count("access-control-allow-origin"), 0u);
+  // What a page elsewhere can send without asking first is no request of ours.
+  EXPECT_EQ(AskOperator("POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\n"
+                        "Content-Length: 2\r\n\r\n{}")
+                .status,
+            415);
+  EXPECT_EQ(AskOperator("OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: a\r\n\r\n").status, 405);
 }
 
 TEST_F(OpenAiApiTest, TheOperatorAndNobodyElseDrainsAWorkerByName) {

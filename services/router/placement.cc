@@ -59,11 +59,13 @@ struct Candidates {
   double best_load = 0;
   bool any = false;        // alive at all
   bool could_fit = false;  // some worker could hold it when empty
+  int fit = 0;             // that could take it now
 
-  void Consider(size_t index, Fit fit, double load) {
+  void Consider(size_t index, Fit fits, double load) {
     any = true;
-    could_fit |= fit != Fit::kNever;
-    if (fit == Fit::kYes && (!best || load < best_load)) {
+    could_fit |= fits != Fit::kNever;
+    fit += fits == Fit::kYes;
+    if (fits == Fit::kYes && (!best || load < best_load)) {
       best = index;
       best_load = load;
     }
@@ -112,7 +114,12 @@ absl::StatusOr<Pair> ChoosePair(const ClusterSnapshot& snapshot, const Placement
     const bool better = !best || decode.best_load < best_decode_load ||
                         (decode.best_load == best_decode_load && prefill.best_load < best_prefill_load);
     if (!better) continue;
-    best = Pair{*prefill.best, *decode.best};
+    best = Pair{.prefill = *prefill.best,
+                .decode = *decode.best,
+                .prefill_fit = prefill.fit,
+                .decode_fit = decode.fit,
+                .prefill_waiting_tokens = snapshot.workers[*prefill.best].assigned.prompt_tokens,
+                .decode_use = decode.best_load};
     best_decode_load = decode.best_load;
     best_prefill_load = prefill.best_load;
   }

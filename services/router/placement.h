@@ -23,10 +23,13 @@ struct PlacementRequest {
   int64_t max_tokens = 0;
 };
 
-// Indices into ClusterSnapshot::workers.
+// Indices into ClusterSnapshot::workers, and what spoke for them: for whoever asks later why.
 struct Pair {
   size_t prefill = 0;
   size_t decode = 0;
+  int prefill_fit = 0, decode_fit = 0;  // workers of the same compatibility hash that had room now
+  int64_t prefill_waiting_tokens = 0;   // of the one taken: prompt tokens given to it before, without a first token yet
+  double decode_use = 0;                // of the one taken, before this request: share of pages or slots, the larger
 };
 
 // Errors, each with an ApiError for the caller:

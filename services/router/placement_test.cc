@@ -58,6 +58,11 @@ TEST(Placement, TheLeastLoadedIsTaken) {
   d0.assigned = {.requests = 1, .pages = 9};
   d1.assigned = {.requests = 2, .pages = 2};
   EXPECT_EQ(Choose(Cluster({p0, p1, d0, d1})), "p1/d1");
+  const Pair why = *ChoosePair(Cluster({p0, p1, d0, d1}), {100, 28}, kNow);
+  EXPECT_EQ(why.prefill_fit, 2);
+  EXPECT_EQ(why.decode_fit, 2);
+  EXPECT_EQ(why.prefill_waiting_tokens, 20);
+  EXPECT_EQ(why.decode_use, 0.5);  // two of four slots, which is more than two of sixteen pages
 }
 
 TEST(Placement, OnlyEqualHashesPair) {

@@ -251,10 +251,8 @@ void RequestFlow::OnReserved(AttemptId id, const absl::Status& status, const v1:
       EraseIfClosed(id, now);
       return;
     }
-    const bool elsewhere = absl::IsResourceExhausted(status) || absl::IsUnavailable(status) ||
-                           absl::IsDeadlineExceeded(status) || absl::IsFailedPrecondition(status);
     saturated_[attempt->decode->incarnation] = now;
-    if (elsewhere && (absl::IsResourceExhausted(status) || flow->attempts < options_.max_attempts)) {
+    if (MayTryAgain(*flow, status)) {
       Requeue(*flow, status, now);
     } else {
       Fail(*flow, ClientError(absl::IsDeadlineExceeded(status) ? absl::UnavailableError("") : status), now);
@@ -381,8 +379,8 @@ void RequestFlow::OnPrefillDone(AttemptId id, const absl::Status& status, TimePo
   const absl::Status why = status.ok() ? absl::InternalError("prefill ended without a hand-off") : status;
   spdlog::warn("request {} attempt {}: prefill at {} ended: {}", attempt->wire_id, attempt->number,
                attempt->prefill->name, why.ToString());
-  if (absl::IsResourceExhausted(why) && flow->next_index == 0) {
-    saturated_[attempt->prefill->incarnation] = now;
+  if (MayTryAgain(*flow, why)) {
+    saturated_[attempt->prefill->incarnation] = now;  // full, draining or going: until it says that it is not
     Requeue(*flow, why, now);
     return;
   }
@@ -500,6 +498,14 @@ void RequestFlow::Fail(Flow& flow, absl::Status status, TimePoint now) {
   PlaceQueued(now);
 }
 
+// A pair that is full costs no attempt: the request waits for room. A deadline here is the call's, not the client's.
+bool RequestFlow::MayTryAgain(const Flow& flow, const absl::Status& why) const {
+  if (flow.next_index > 0) return false;
+  if (absl::IsResourceExhausted(why)) return true;
+  return flow.attempts < options_.max_attempts &&
+         (absl::IsUnavailable(why) || absl::IsDeadlineExceeded(why) || absl::IsFailedPrecondition(why));
+}
+
 // Back to the head of the queue: it has waited longest. Its patience is still measured from when it was accepted.
 void RequestFlow::Requeue(Flow& flow, const absl::Status& why, TimePoint now) {
   metrics_.requeues.Increment();
@@ -508,12 +514,11 @@ void RequestFlow::Requeue(Flow& flow, const absl::Status& why, TimePoint now) {
   flow.last_refusal = why;
   const FlowId id = flow.id;
   if (attempt != nullptr) Close(*attempt, now);
-  if (now >= flow.queued_until) {
-    Fail(flow, ClientError(why), now);
-    return;
-  }
   queue_.push_front(id);
   PlaceQueued(now);
+  Flow* waiting = FindFlow(id);
+  if (waiting != nullptr && waiting->attempt == 0 && now >= waiting->queued_until)
+    Fail(*waiting, ClientError(why), now);
 }
 
 void RequestFlow::Forget(Flow& flow) {

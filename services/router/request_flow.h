@@ -11,8 +11,9 @@
 // its lease has run out). Only then does its share return to the book that placement looks at. So a cancelled request
 // cannot be replaced by one that does not fit yet.
 //
-// The router holds the only authoritative token log: index k is forwarded once, whoever sends it and however often. A
-// worker's death ends its requests with an error that says to try again.
+// The router holds the only authoritative token log: index k is forwarded once, whoever sends it and however often.
+// Until there is a first token, what goes wrong at a worker is tried again on another pair, within max_attempts and the
+// queue's patience; after it a worker's death ends its requests with an error that says to try again.
 //
 // Thread: Start, Ready, Generation's methods: any. Everything else: the loop's.
 #pragma once
@@ -53,6 +54,7 @@ struct FlowOptions {
   milliseconds default_deadline{600000};
   milliseconds max_deadline{3600000};
   int max_attempts = 3;  // of one generation, before its first token only
+  int max_deaths = 2;    // of workers that one generation was at: it may be what kills them
 };
 
 class RequestFlow final : public GenerationService {
@@ -91,6 +93,7 @@ class RequestFlow final : public GenerationService {
     TimePoint accepted, queued_until, deadline;
     EventLoop::TimerId deadline_timer = 0, queue_timer = 0;
     int attempts = 0;
+    int deaths = 0;         // of workers it was at
     AttemptId attempt = 0;  // the current one, 0 while queued
     bool admitted = false;
     bool paused = false;
@@ -152,6 +155,7 @@ class RequestFlow final : public GenerationService {
   void Finish(Flow& flow, v1::FinishReason reason, TimePoint now);
   void Fail(Flow& flow, absl::Status status, TimePoint now);
   void Requeue(Flow& flow, const absl::Status& why, TimePoint now);
+  bool MayTryAgain(const Flow& flow, const absl::Status& why) const;
   void Forget(Flow& flow);
 
   // Ends of attempts.
@@ -169,6 +173,7 @@ class RequestFlow final : public GenerationService {
   void Renew(AttemptId id, TimePoint now);
 
   void OnWorkerGone(const WorkerView& worker, const std::string& why, TimePoint now);
+  void EndAttemptsAt(const IncarnationId& gone, const std::string& why, bool died, TimePoint now);
   void Sweep(TimePoint now);
   void Publish(TimePoint now);
   ClusterSnapshot BookedSnapshot() const;
@@ -200,6 +205,11 @@ class RequestFlow final : public GenerationService {
   absl::flat_hash_map<IncarnationId, std::shared_ptr<WorkerPeer>> peers_;
   absl::flat_hash_map<IncarnationId, Assigned> book_;
   absl::flat_hash_map<IncarnationId, TimePoint> saturated_;  // until heard after this
+  struct Left {  // has drained and is gone; its streams may not have said their last word here yet
+    std::string why;
+    TimePoint until;
+  };
+  absl::flat_hash_map<IncarnationId, Left> left_;
   EventLoop::TimerId sweep_timer_ = 0;
 };
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "services/common/error.h"
 #include "services/router/generation_wire.h"
 #include "services/router/placement.h"
@@ -19,6 +20,8 @@ constexpr milliseconds kSweepInterval{100};
 constexpr milliseconds kAbortInterval{200};
 // After a good end both workers finish by themselves; past this they are asked.
 constexpr milliseconds kSelfClose{5000};
+// From the end of a drained worker's membership: how long the ends of its other streams may take to be read.
+constexpr milliseconds kLastWords{1000};
 
 }  // namespace
 
@@ -226,7 +229,13 @@ void RequestFlow::Renew(AttemptId id, TimePoint now) {
 
 void RequestFlow::OnWorkerGone(const WorkerView& worker, const std::string& why, TimePoint now) {
   metrics_.worker_deaths.Increment();
-  const IncarnationId gone = worker.incarnation;
+  const std::string reason = absl::StrCat(worker.name, " ", why);
+  if (worker.status.state() != v1::WORKER_STATE_DRAINING) return EndAttemptsAt(worker.incarnation, reason, true, now);
+  // One that drained ended its streams before this one, but they are other connections: their ends may come later.
+  left_[worker.incarnation] = {reason, now + kLastWords};
+}
+
+void RequestFlow::EndAttemptsAt(const IncarnationId& gone, const std::string& why, bool died, TimePoint now) {
   std::vector<AttemptId> affected;
   for (const auto& [id, attempt] : attempts_) {
     if (attempt->prefill->incarnation == gone || attempt->decode->incarnation == gone) affected.push_back(id);
@@ -248,9 +257,16 @@ void RequestFlow::OnWorkerGone(const WorkerView& worker, const std::string& why,
     }
     Flow* flow = attempt->closing ? nullptr : FindFlow(attempt->flow);
     if (flow != nullptr && needed) {
-      spdlog::warn("request {} attempt {}: ends after {} tokens, {} {}", attempt->wire_id, attempt->number,
-                   flow->next_index, worker.name, why);
-      Fail(*flow, ClientError(absl::UnavailableError(why)), now);
+      const absl::Status lost = absl::UnavailableError(why);
+      if (died) ++flow->deaths;
+      const bool again = MayTryAgain(*flow, lost) && flow->deaths < options_.max_deaths;
+      spdlog::warn("request {} attempt {}: {} after {} tokens: {}", attempt->wire_id, attempt->number,
+                   again ? "is tried again" : "ends", flow->next_index, why);
+      if (again) {
+        Requeue(*flow, lost, now);
+      } else {
+        Fail(*flow, ClientError(lost), now);
+      }
     } else if (attempt->closing && attempt->ended_at_prefill && attempt->decode_leg == Leg::kOpen) {
       AbortDecode(id, now);  // prefill would have ended the lease
     }
@@ -263,6 +279,14 @@ void RequestFlow::OnWorkerGone(const WorkerView& worker, const std::string& why,
 
 void RequestFlow::Sweep(TimePoint now) {
   registry_.Sweep(now);
+  std::vector<std::pair<IncarnationId, Left>> over;
+  for (const auto& [gone, left] : left_) {
+    if (now >= left.until) over.emplace_back(gone, left);
+  }
+  for (const auto& [gone, left] : over) {
+    left_.erase(gone);
+    EndAttemptsAt(gone, left.why, false, now);
+  }
   Publish(now);
   PlaceQueued(now);
   sweep_timer_ = loop_.At(now + kSweepInterval, [this](TimePoint at) { Sweep(at); });

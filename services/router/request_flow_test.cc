@@ -194,6 +194,10 @@ class RequestFlowTest : public ::testing::Test {
     absl::MutexLock lock(&script_.mutex);
     change(script_);
   }
+  static bool Becomes(const std::function<bool()>& condition) {
+    for (int i = 0; i < 1000 && !condition(); ++i) std::this_thread::sleep_for(milliseconds(10));
+    return condition();
+  }
   // Everything the router and the workers held for requests is gone.
   void ExpectNothingLeft() {
     for (int i = 0; i < 1000; ++i) {
@@ -343,17 +347,82 @@ TEST_F(RequestFlowTest, ADeadDecodeWorkerEndsItsRequestsAtOnceAndAbortsPrefill) 
   EXPECT_EQ(flow_->open_attempts(), 0);
 }
 
-TEST_F(RequestFlowTest, ADeadPrefillWorkerEndsItsRequestsAndAbortsTheLease) {
+TEST_F(RequestFlowTest, BeforeItsFirstTokenARequestOutlivesItsPrefillWorker) {
   Set([](Script& s) { s.hold_prefill = true; });
   Open();
   Join();
   auto running = Start(Request());
-  std::this_thread::sleep_for(milliseconds(100));
+  ASSERT_TRUE(Becomes([&] { return prefill_->live_prompts() == 1; }));
+  Die(prefill_connection_);
+  ASSERT_TRUE(Becomes([&] { return decode_->live_leases() == 0; }));  // of the attempt that is over
+  Set([](Script& s) { s.hold_prefill = false; });
+  JoinOne(v1::ROLE_PREFILL, "p1", {1, 7}, prefill_server_->address(), prefill_connection_);
+  ASSERT_TRUE(running.sink->WaitEnd());
+  EXPECT_TRUE(running.sink->error().ok()) << running.sink->error();
+  EXPECT_THAT(running.sink->ids(), ElementsAre(100, 101, 102, 103, 104));
+  running.sink->CheckContract();
+  ExpectNothingLeft();
+}
+
+TEST_F(RequestFlowTest, ARequestThatTwoWorkersDiedOfIsNotGivenToAThird) {
+  Set([](Script& s) { s.hold_prefill = true; });
+  Open();
+  Join();
+  auto running = Start(Request());
+  ASSERT_TRUE(Becomes([&] { return prefill_->live_prompts() == 1; }));
+  Die(prefill_connection_);
+  ASSERT_TRUE(Becomes([&] { return prefill_->live_prompts() == 0; }));
+  JoinOne(v1::ROLE_PREFILL, "p1", {1, 7}, prefill_server_->address(), prefill_connection_);
+  ASSERT_TRUE(Becomes([&] { return prefill_->live_prompts() == 1; }));
   Die(prefill_connection_);
   ASSERT_TRUE(running.sink->WaitEnd(absl::Seconds(1)));
   EXPECT_EQ(running.sink->code(), "worker_lost");
-  for (int i = 0; i < 500 && decode_->live_leases() > 0; ++i) std::this_thread::sleep_for(milliseconds(10));
-  EXPECT_EQ(decode_->live_leases(), 0);
+  ExpectNothingLeft();
+}
+
+TEST_F(RequestFlowTest, WhenNobodyComesItsPatienceEndsWithTheReason) {
+  Set([](Script& s) { s.hold_prefill = true; });
+  Open({.queue_timeout = milliseconds(300)});
+  Join();
+  auto running = Start(Request());
+  ASSERT_TRUE(Becomes([&] { return prefill_->live_prompts() == 1; }));
+  Die(prefill_connection_);
+  ASSERT_TRUE(running.sink->WaitEnd(absl::Seconds(5)));
+  EXPECT_EQ(running.sink->code(), "worker_lost");
+  ExpectNothingLeft();
+}
+
+TEST_F(RequestFlowTest, ADrainingPrefillWorkersRefusalIsTriedElsewhere) {
+  Set([](Script& s) { s.prefill_refusal = absl::UnavailableError("draining"); });
+  Open();
+  Join();
+  auto running = Start(Request());
+  ASSERT_TRUE(Becomes([&] { return metrics_.requeues.Value() >= 1; }));
+  Set([](Script& s) { s.prefill_refusal = absl::OkStatus(); });
+  ASSERT_TRUE(running.sink->WaitEnd());
+  EXPECT_TRUE(running.sink->error().ok()) << running.sink->error();
+  running.sink->CheckContract();
+  ExpectNothingLeft();
+}
+
+TEST_F(RequestFlowTest, ADrainedWorkersLastWordsAreHeardAfterItHasLeft) {
+  Set([](Script& s) { s.hold_decode = true, s.decode_error_at = 2; });
+  Open();
+  Join();
+  auto running = Start(Request());
+  ASSERT_TRUE(running.sink->WaitTokens(2));
+  loop_.Call([&](TimePoint now) {
+    v1::WorkerMessage message;
+    message.mutable_status()->set_state(v1::WORKER_STATE_DRAINING);
+    ASSERT_TRUE(registry_.OnMessage(decode_connection_, message, now).ok());
+    joined_.erase(decode_connection_.get());
+    registry_.OnDisconnected(decode_connection_, now);  // its other streams still have something in them
+  });
+  Set([](Script& s) { s.hold_decode = false; });
+  ASSERT_TRUE(running.sink->WaitEnd());
+  EXPECT_TRUE(running.sink->error().ok()) << running.sink->error();
+  EXPECT_EQ(running.sink->ids().size(), 5u);
+  ExpectNothingLeft();
 }
 
 TEST_F(RequestFlowTest, PrefillsDeathAfterTheHandoffCostsNothing) {

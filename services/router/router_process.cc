@@ -11,15 +11,19 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "engine/cache/cache_layout.h"
 #include "engine/model/config.h"
+#include "engine/numerics.h"
 #include "engine/status.h"
 #include "engine/text/chat_encoding.h"
 #include "engine/text/tokenizer.h"
 #include "services/common/metrics.h"
 #include "services/common/rpc.h"
+#include "services/common/software.h"
 #include "services/common/startup_watch.h"
 #include "services/router/api_keys.h"
 #include "services/router/cluster_service.h"
+#include "services/router/cluster_status.h"
 #include "services/router/http_server.h"
 #include "services/router/http_tls.h"
 #include "services/router/openai_api.h"
@@ -74,63 +78,6 @@ ApiLimits ConfiguredApiLimits(const v1::RouterSection& section) {
   limits.max_n = static_cast<int>(given.max_n());
   limits.max_stops = given.max_stops();
   return limits;
-}
-
-const char* RoleWord(v1::Role role) {
-  return role == v1::ROLE_PREFILL ? "prefill" : role == v1::ROLE_DECODE ? "decode" : "expert";
-}
-
-const char* StateWord(const WorkerView& worker) {
-  switch (worker.status.state()) {
-    case v1::WORKER_STATE_READY:
-      return worker.ready ? "ready" : "loading";
-    case v1::WORKER_STATE_DRAINING:
-      return "draining";
-    case v1::WORKER_STATE_WAITING:
-      return "waiting";
-    default:
-      return "loading";
-  }
-}
-
-Json StatusJson(const RequestFlow& flow) {
-  const auto now = std::chrono::steady_clock::now();
-  const std::shared_ptr<const ClusterSnapshot> snapshot = flow.snapshot();
-  Json workers = Json::array();
-  for (const WorkerView& worker : snapshot->workers) {
-    const auto ms = [&](TimePoint then) { return std::chrono::duration_cast<milliseconds>(now - then).count(); };
-    workers.push_back(Json{{"role", RoleWord(worker.role)},
-                           {"name", worker.name},
-                           {"incarnation", worker.incarnation.ToString()},
-                           {"address", worker.control_address},
-                           {"state", StateWord(worker)},
-                           {"detail", worker.status.detail()},
-                           {"suspect", now - worker.last_heard > snapshot->suspect_after},
-                           {"up_ms", ms(worker.joined)},
-                           {"heard_ms_ago", ms(worker.last_heard)},
-                           {"load_bytes_done", worker.status.load_bytes_done()},
-                           {"load_bytes_total", worker.status.load_bytes_total()},
-                           {"compat_hash", worker.serves.compat_hash()},
-                           {"kernel_set", worker.serves.kernel_set()},
-                           {"running", worker.status.running()},
-                           {"queued", worker.status.queued()},
-                           {"leased", worker.status.leased()},
-                           {"pages_free", worker.status.pages_free()},
-                           {"pages_total", worker.serves.capacity().pages_total()},
-                           {"slots_free", worker.status.slots_free()},
-                           {"slots_total", worker.serves.capacity().slots_total()},
-                           {"steps", worker.status.steps()},
-                           {"tokens_total", worker.status.tokens_total()},
-                           {"assigned_requests", worker.assigned.requests},
-                           {"assigned_pages", worker.assigned.pages},
-                           {"assigned_prompt_tokens", worker.assigned.prompt_tokens}});
-  }
-  const absl::Status ready = flow.Ready();
-  return Json{{"ready", ready.ok()},
-              {"reason", std::string(ready.message())},
-              {"open_generations", flow.open_generations()},
-              {"open_attempts", flow.open_attempts()},
-              {"workers", std::move(workers)}};
 }
 
 class RouterProcessImpl final : public RouterProcess {
@@ -204,6 +151,10 @@ class RouterProcessImpl final : public RouterProcess {
     ASSIGN_OR_RETURN(model_config_, ModelConfig::Load(section.path()));
     ASSIGN_OR_RETURN(tokenizer_, text::Tokenizer::Load(section.path() + "/tokenizer.json",
                                                        static_cast<int>(model_config_.vocab_size)));
+    const bool exact = section.numerics() == "exact" ||
+                       (section.numerics().empty() && model_config_.weight_format == WeightFormat::kPlain);
+    numerics_ = exact ? Numerics::kExact : Numerics::kRelease;
+    cache_json_ = CacheJson(CacheLayout::Make(model_config_, numerics_, /*mtp=*/false));
     model_.id = section.id();
     model_.created_unix_s = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
     int64_t context = model_config_.max_position_embeddings;
@@ -251,11 +202,12 @@ class RouterProcessImpl final : public RouterProcess {
     OpenAiApiOptions api;
     api.model = model_;
     api.limits = limits;
+    api.version = kSoftware;
     api.generations = &*flow_;
     api.registry = &registry_metrics_;
     api.metrics = &*http_metrics_;
     api.keys = keys_.get();
-    api.status = [this] { return StatusJson(*flow_); };
+    api.status = [this] { return ClusterJson(); };
     api.drain_worker = [this](const std::string& name) {
       absl::Status status;
       loop_.Call([&](TimePoint) { status = registry_->Drain(name, "the operator asked"); });
@@ -282,9 +234,7 @@ class RouterProcessImpl final : public RouterProcess {
       service.limits = limits;
       service.generations = &*flow_;
       service.keys = keys_.get();
-      const bool exact = config_.model().numerics() == "exact" ||
-                         (config_.model().numerics().empty() && model_config_.weight_format == WeightFormat::kPlain);
-      service.numerics = exact ? "exact" : "release";
+      service.numerics = NumericsName(numerics_);
       inference_ = std::make_unique<RouterService>(std::move(service));
       RpcServerOptions options;
       options.listen = section.grpc_listen();
@@ -295,6 +245,18 @@ class RouterProcessImpl final : public RouterProcess {
       public_grpc_->SetServing(true);
     }
     return absl::OkStatus();
+  }
+
+  Json ClusterJson() const {
+    const absl::Status ready = flow_->Ready();
+    return Json{{"ready", ready.ok()},
+                {"reason", std::string(ready.message())},
+                {"open_generations", flow_->open_generations()},
+                {"queued_generations", static_cast<int64_t>(flow_metrics_->generations_queued.Value())},
+                {"open_attempts", flow_->open_attempts()},
+                {"tokens_forwarded", static_cast<int64_t>(flow_metrics_->tokens.Value())},
+                {"cache", cache_json_},
+                {"workers", WorkersJson(*flow_->snapshot(), std::chrono::steady_clock::now())}};
   }
 
   absl::StatusOr<std::unique_ptr<HttpServer>> OpenHttp(const std::string& field, const std::string& listen,
@@ -315,6 +277,8 @@ class RouterProcessImpl final : public RouterProcess {
   v1::ClusterConfig config_;
   ModelConfig model_config_;
   std::unique_ptr<text::Tokenizer> tokenizer_;
+  Numerics numerics_ = Numerics::kRelease;
+  Json cache_json_;
   ServedModel model_;
   prometheus::Registry registry_metrics_;
   std::optional<HttpMetrics> http_metrics_;

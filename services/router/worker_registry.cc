@@ -215,8 +215,9 @@ v1::RouterMessage WorkerRegistry::PeersMessage() const {
   peers->set_version(peers_version_);
   for (const auto& [key, member] : members_) {
     const WorkerView& view = member.view;
-    if (view.role != v1::ROLE_EXPERT || !view.ready || view.status.state() == v1::WORKER_STATE_DRAINING) continue;
+    if (view.role != v1::ROLE_EXPERT || !view.ready) continue;
     v1::ExpertPeer* peer = peers->add_experts();
+    peer->set_draining(view.status.state() == v1::WORKER_STATE_DRAINING);
     peer->set_name(view.name);
     *peer->mutable_incarnation() = view.incarnation.ToProto();
     peer->set_control_address(view.control_address);

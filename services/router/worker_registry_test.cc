@@ -21,13 +21,15 @@ struct FakeConnection : WorkerConnection {
   std::optional<absl::Status> closed;
   void Send(v1::RouterMessage message) override { sent.push_back(std::move(message)); }
   void Close(absl::Status status) override { closed = std::move(status); }
-  // The newest expert list sent: names joined.
+  // The newest expert list sent: names joined, those that drain in brackets.
   std::string Peers() const {
     std::string names = "none";
     for (const auto& message : sent) {
       if (!message.has_peers()) continue;
       names.clear();
-      for (const auto& peer : message.peers().experts()) names += peer.name() + " ";
+      for (const auto& peer : message.peers().experts()) {
+        names += peer.draining() ? "(" + peer.name() + ") " : peer.name() + " ";
+      }
     }
     return names;
   }
@@ -143,6 +145,8 @@ TEST_F(WorkerRegistryTest, EveryChangeOfTheExpertPoolReachesPrefillAndDecode) {
   ASSERT_TRUE(registry_.OnMessage(loading, Ready(v1::ROLE_EXPERT), At(0)).ok());
   EXPECT_EQ(decode->Peers(), "e0 e1 ");
   ASSERT_TRUE(registry_.OnMessage(e0, Status(2, v1::WORKER_STATE_DRAINING), At(0)).ok());
+  EXPECT_EQ(prefill->Peers(), "(e0) e1 ");  // it finishes what it has
+  registry_.OnDisconnected(e0, At(0));
   EXPECT_EQ(prefill->Peers(), "e1 ");
   registry_.OnDisconnected(loading, At(0));
   EXPECT_EQ(decode->Peers(), "");

@@ -3,7 +3,7 @@
 # Puts one client of the client tests under .cache/clients, at the version and hashes that the files beside this one
 # name, from its registry (PyPI, npm, the Go module proxy). Nothing of the machine is changed.
 #
-#   tests/clients/install.sh python|node|grpcurl
+#   tests/clients/install.sh python|node|grpcurl|browser
 #
 # Safe to run again: a client that is there already costs nothing. Exit status: 0 it is there; 77 it cannot be had, with
 # one line that starts with SKIPPED and says why: ctest counts it as skipped, tests/run.sh repeats the line.
@@ -20,6 +20,7 @@ main() {
     python) once python requirements.txt install_python ;;
     node) once node package-lock.json install_node ;;
     grpcurl) once grpcurl go.sum install_grpcurl ;;
+    browser) once browser browser/package-lock.json install_browser ;;
     *) sed -n '3,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
   esac
 }
@@ -46,16 +47,25 @@ install_python() {
     -r requirements.txt > "$1" 2>&1 || skip "python: pip could not install requirements.txt: $(last "$1")"
 }
 
-install_node() {
+install_node() { install_npm node . "$1"; }
+
+# Debian's Chromium; npm brings what drives it and downloads no browser.
+install_browser() {
+  command -v chromium > /dev/null || skip "browser: no chromium (apt-get install chromium)"
+  install_npm browser browser "$1"
+}
+
+# install_npm NAME FOLDER LOG: what FOLDER's package-lock.json names, into .cache/clients/NAME.
+install_npm() {
   local major
-  command -v node > /dev/null || skip "node: not installed (apt-get install nodejs)"
-  command -v npm > /dev/null || skip "node: npm is not installed (apt-get install npm)"
+  command -v node > /dev/null || skip "$1: node is not installed (apt-get install nodejs)"
+  command -v npm > /dev/null || skip "$1: npm is not installed (apt-get install npm)"
   major="$(node --version)"; major="${major#v}"; major="${major%%.*}"
-  ((major >= NODE_AT_LEAST)) || skip "node: found $(node --version), needs v$NODE_AT_LEAST or newer"
-  mkdir -p "$CACHE/node"
-  cp package.json package-lock.json "$CACHE/node/"
-  (cd "$CACHE/node" && timeout 300 npm ci --ignore-scripts --no-audit --no-fund) > "$1" 2>&1 ||
-    skip "node: npm could not install package-lock.json: $(last "$1")"
+  ((major >= NODE_AT_LEAST)) || skip "$1: found node $(node --version), needs v$NODE_AT_LEAST or newer"
+  mkdir -p "$CACHE/$1"
+  cp "$2/package.json" "$2/package-lock.json" "$CACHE/$1/"
+  (cd "$CACHE/$1" && timeout 300 npm ci --ignore-scripts --no-audit --no-fund) > "$3" 2>&1 ||
+    skip "$1: npm could not install $2/package-lock.json: $(last "$3")"
 }
 
 install_grpcurl() {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one suite of the client tests: run.py python|node|grpcurl [ARGUMENTS of the suite].
+"""Runs one suite of the client tests: run.py python|node|grpcurl|browser [ARGUMENTS of the suite].
 
 Installs the client if it is not there (install.sh) and starts its suite where it finds it. Exit status: the suite's; 77
 when the client cannot be had, which ctest reports as skipped.
@@ -30,6 +30,21 @@ def run_node(arguments):
     return status
 
 
+def run_browser(arguments):
+    """The status page in Chromium. Two workers of each role, since one will be drained."""
+    with Cluster(prefill=2, decode=2, experts=2) as cluster:
+        environment = dict(os.environ,
+                           MILLRACE_BROWSER=os.path.join(CACHE, "browser"),
+                           MILLRACE_URL=f"http://127.0.0.1:{cluster.http_port}/",
+                           MILLRACE_OPERATOR_URL=f"http://127.0.0.1:{cluster.operator_port}/")
+        status = subprocess.call(["node", os.path.join(HERE, "browser_test.mjs"), *arguments], env=environment)
+        if status == 0:
+            cluster.expect_nothing_left()
+        else:
+            cluster.show_logs()
+    return status
+
+
 def main():
     suite, *arguments = sys.argv[1:] or [""]
     installed = subprocess.call([os.path.join(HERE, "install.sh"), suite])
@@ -37,6 +52,8 @@ def main():
         return installed
     if suite == "node":
         return run_node(arguments)
+    if suite == "browser":
+        return run_browser(arguments)
     interpreter = os.path.join(CACHE, "python/bin/python") if suite == "python" else sys.executable
     return subprocess.call([interpreter, "-B", os.path.join(HERE, f"{suite}_test.py"), *arguments])
 

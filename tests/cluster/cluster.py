@@ -55,7 +55,8 @@ def run_alone(request, numerics=None, extra=()):
 
 class Cluster:
     def __init__(self, prefill=1, decode=1, experts=1, numerics=None, expert_transport=None, env=None, timers=None,
-                 decode_section=None, prefill_section=None, router_section=None, security=None, model=MODEL):
+                 decode_section=None, prefill_section=None, expert_section=None, router_section=None, security=None,
+                 model=MODEL):
         self.directory = tempfile.mkdtemp(prefix="millrace-test-")
         self.http_port, self.operator_port, self.grpc_port, control = (free_port() for _ in range(4))
         model = {"path": model, "id": "demo"}
@@ -68,6 +69,8 @@ class Cluster:
             section.update(decode_section or {})
         for section in sections["prefill"]:
             section.update(prefill_section or {})
+        for section in sections["expert"]:
+            section.update(expert_section or {})
         config = {
             "model": model,
             "router": {
@@ -119,9 +122,9 @@ class Cluster:
 
     # Processes.
 
-    def start(self, name, env=None):
+    def start(self, name, env=None, arguments=()):
         self.stale[name] = self.incarnations.get(name)
-        command = [BINARY, self.roles[name], "--config", self.config_path, "--name", name]
+        command = [BINARY, self.roles[name], "--config", self.config_path, "--name", name, *arguments]
         log = open(os.path.join(self.directory, name + ".log"), "ab")
         self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                                 env=dict(self.env, **(env or {})))

@@ -3,6 +3,7 @@
 
 Run by ctest as cluster_test.py SUITE; without an argument all suites run.
 """
+import http.client
 import json
 import os
 import random
@@ -270,7 +271,8 @@ class Deaths(ClusterCase):
 
 
 class Points(ClusterCase):
-    """A worker dies at a named place. The client gets the whole answer or an error, the next one gets its answer."""
+    """A worker dies at a named place and is started again, as a supervisor would. Before the first token that costs
+    nothing but time; after it the client gets the whole answer or an error. The next one gets its answer."""
 
     PLACES = {
         "prefill-0": ["p.before_prefill", "p.during_prefill", "p.after_prefill", "p.before_transfer",
@@ -280,6 +282,9 @@ class Points(ClusterCase):
         "expert-1": ["e.before_compute", "e.after_compute"],
     }
 
+    BEFORE_THE_FIRST_TOKEN = {"p.before_prefill", "p.during_prefill", "p.after_prefill", "d.reserve",
+                              "e.before_compute", "e.after_compute"}
+
     def test_death_at_every_named_place(self):
         with Cluster(experts=2) as cluster:
             expected = Answers.alone(completion(600))
@@ -287,6 +292,13 @@ class Points(ClusterCase):
                 for place in places:
                     with self.subTest(place):
                         cluster.restart(name, env={"MILLRACE_FAILPOINTS": f"{place}=crash@1"})
+                        dead = cluster.processes[name]
+
+                        def start_again():
+                            wait_until(lambda: dead.poll() is not None, f"{name} dead at {place}", 20)
+                            cluster.start(name)
+                        supervisor = threading.Thread(target=start_again)
+                        supervisor.start()
                         stream = cluster.stream("/v1/completions", completion(600))
                         last, text = None, ""
                         if stream.status == 200:
@@ -294,16 +306,17 @@ class Points(ClusterCase):
                                 if isinstance(last, dict) and last.get("choices"):
                                     text += last["choices"][0]["text"]
                         stream.close()
+                        supervisor.join()
+                        self.assertIsNotNone(dead.poll(), f"{name} lives: {place} was not passed")
                         if last == "[DONE]":
                             self.assertEqual(text, expected["message"]["content"])
+                        elif place in self.BEFORE_THE_FIRST_TOKEN:
+                            self.fail(f"{stream.status}, {last}: nothing had reached the client yet")
                         elif stream.status == 200:
                             self.assertIn("error", last)
                             self.assertTrue(expected["message"]["content"].startswith(text))
                         else:
                             self.assertEqual(stream.status, 503)
-                        wait_until(lambda: cluster.processes[name].poll() is not None,
-                                   f"{name} dead at {place}: the place was not passed", 10)
-                        cluster.start(name)
                         cluster.wait_ready()
                         self.assert_same_bits(cluster, completion(600))
                         cluster.expect_nothing_left()
@@ -358,6 +371,106 @@ class Leaks(ClusterCase):
                 after = {name: (cluster.descriptors(name), cluster.threads(name)) for name in cluster.roles}
                 self.fail(f"(descriptors, threads) before {before}, after {after}")
             self.assertEqual(cluster.metric("millrace_router_aborts_unanswered_total"), 0)
+
+
+class Rolling(ClusterCase):
+    """An upgrade as the chart does it, under load: no request fails, and none is answered with other tokens."""
+
+    LENGTHS = [3, 60, 130, 400]
+    CLIENTS = 6
+
+    def setUp(self):
+        self.failures, self.answered, self.refused, self.stopping = [], 0, 0, threading.Event()
+        self.router_is_away = threading.Event()
+        self.lock = threading.Lock()
+
+    def ask(self, cluster, draw):
+        """One streamed request; what a client would have to complain about, or None."""
+        request = completion(draw.choice(self.LENGTHS), max_tokens=draw.choice([1, 2, 40, 120]))
+        expected = Answers.alone(request)["message"]["content"]
+        away = self.router_is_away.is_set()
+        try:
+            stream = cluster.stream("/v1/completions", request)
+        except OSError as error:  # before its first byte: any client asks again
+            return "refused" if away or self.router_is_away.is_set() else f"no connection: {error!r}"
+        try:
+            if stream.status != 200:
+                code = stream.error_code()
+                may_refuse = away or self.router_is_away.is_set()
+                return "refused" if stream.status == 503 and may_refuse else f"{stream.status} {code}"
+            text, last = "", None
+            for last in stream.events():
+                if isinstance(last, dict) and last.get("choices"):
+                    text += last["choices"][0]["text"]
+            if last != "[DONE]":
+                return f"ended after {len(text)} characters with {last}"
+            return None if text == expected else f"another answer for a prompt of {len(request['prompt'])}"
+        except (OSError, http.client.HTTPException) as error:
+            return f"broken: {error!r}"
+        finally:
+            stream.close()
+
+    def client(self, cluster, seed):
+        draw = random.Random(seed)
+        while not self.stopping.is_set():
+            outcome = self.ask(cluster, draw)
+            with self.lock:
+                if outcome is None:
+                    self.answered += 1
+                elif outcome == "refused":
+                    self.refused += 1
+                else:
+                    self.failures.append(outcome)
+            if outcome == "refused":
+                time.sleep(0.1)
+
+    def answered_more(self, cluster, count):
+        with self.lock:
+            until = self.answered + count
+        wait_until(lambda: self.answered >= until or self.failures, f"{count} more answers")
+        self.assertEqual(self.failures, [])
+
+    def replace(self, cluster, names):
+        """All of them at once, as stateful sets roll: each is told to end, and started again when it has."""
+        for name in names:
+            cluster.kill(name, signal.SIGTERM)
+        for name in names:
+            self.assertEqual(cluster.processes[name].wait(60), 0, name)
+            cluster.start(name)
+        cluster.wait_ready()
+
+    def test_every_worker_and_the_router_are_replaced_and_no_request_fails(self):
+        for length in self.LENGTHS:
+            for max_tokens in (1, 2, 40, 120):
+                Answers.alone(completion(length, max_tokens=max_tokens))
+        two_of_each = dict(prefill=2, decode=2, experts=2, expert_section={"experts": "0-15"})
+        with Cluster(**two_of_each) as cluster:
+            clients = [threading.Thread(target=self.client, args=(cluster, seed)) for seed in range(self.CLIENTS)]
+            for client in clients:
+                client.start()
+            try:
+                self.answered_more(cluster, 20)
+                # Stateful sets replace their pods from the last to the first, every role at the same time.
+                for number in (1, 0):
+                    self.replace(cluster, [f"{role}-{number}" for role in ("prefill", "decode", "expert")])
+                    self.answered_more(cluster, 20)
+                # Alone as well: nothing else hides what one role's drain costs.
+                for name in ("expert-1", "decode-1", "prefill-1"):
+                    self.replace(cluster, [name])
+                    self.answered_more(cluster, 10)
+                # The only router: whoever it has accepted gets a whole answer; others are told before a first byte.
+                self.router_is_away.set()
+                self.replace(cluster, ["router"])
+                time.sleep(0.2)  # a request sent into the gap has heard of it by now
+                self.router_is_away.clear()
+                self.answered_more(cluster, 20)
+            finally:
+                self.stopping.set()
+                for client in clients:
+                    client.join()
+            self.assertEqual(self.failures, [])
+            self.assertGreater(self.answered, 100)
+            cluster.expect_nothing_left()
 
 
 class Drain(ClusterCase):

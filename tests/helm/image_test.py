@@ -107,7 +107,7 @@ class Dockerfiles(unittest.TestCase):
         for _, parts in self.each():
             last = dict(parts[-1])
             self.assertEqual(last["USER"], "65532:65532")
-            self.assertIn('CMD ["healthcheck"]', last["HEALTHCHECK"])
+            self.assertIn('CMD ["millrace", "health"', last["HEALTHCHECK"])
             self.assertEqual(json.loads(last["ENTRYPOINT"]), ["millrace"])
             self.assertFalse([text for keyword, text in parts[-1] if keyword == "ADD"])
 

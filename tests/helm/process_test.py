@@ -11,7 +11,7 @@ import time
 import unittest
 
 import pods
-from chart import ROLES, ROOT, Rendered, main, values_files
+from chart import ROLES, Rendered, main, values_files
 
 # Machines that run tests are slow and shared: bounds are for hangs, not for speed.
 PATIENCE = float(os.environ.get("MILLRACE_TEST_PATIENCE", "120"))
@@ -85,12 +85,12 @@ class Serving(Pods, unittest.TestCase):
             self.assertTrue(pod.probe("livenessProbe"), pod.name)
 
     def test_the_health_check_of_the_image_finds_every_role(self):
-        script = os.path.join(ROOT, "deploy/docker/healthcheck.sh")
+        ask = (pods.BINARY, "health", "--timeout-ms", "1000")  # as in the Dockerfiles
         for pod in self.serving:
             with self.subTest(pod.name):
-                done = pods.shell("ip", "netns", "exec", pod.namespace, script, check=False)
+                done = pods.shell("ip", "netns", "exec", pod.namespace, *ask, check=False)
                 self.assertEqual(done.returncode, 0)
-        self.assertEqual(pods.shell("ip", "netns", "exec", self.stranger, script, check=False).returncode, 1)
+        self.assertEqual(pods.shell("ip", "netns", "exec", self.stranger, *ask, check=False).returncode, 1)
 
     def test_policies_hold_both_ways(self):
         router = self.node.of_role("router")[0]
