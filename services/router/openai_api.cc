@@ -20,6 +20,7 @@
 #include "absl/strings/str_split.h"
 #include "engine/status.h"
 #include "engine/text/concat.h"
+#include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/http_status.h"
 #include "services/router/openai_response.h"
@@ -305,8 +306,9 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
   }
 
   void AnswerMetrics(const Headers& headers, HttpExchange& exchange) {
-    Send({.content_type = std::string(kMetricsContentType), .body = RenderMetrics(*options_.registry)}, "/metrics",
-         headers, exchange);
+    Send({.content_type = std::string(kMetricsContentType),
+          .body = RenderMetrics(*options_.registry, options_.metric_names)},
+         "/metrics", headers, exchange);
   }
 
   void AnswerStatus(const HttpRequest& request, const Headers& headers, HttpExchange& exchange) {
@@ -365,7 +367,10 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     const auto timeout = ReadTimeout(request, options_.limits);
     if (!timeout.ok()) return refuse(timeout.status());
     if (draining_) return refuse(Ready());
-    if (const auto status = Register(request_id); !status.ok()) return refuse(status);
+    if (const auto status = Register(request_id); !status.ok()) {
+      if (absl::IsResourceExhausted(status)) options_.metrics->CountRefusal("overloaded");
+      return refuse(status);
+    }
 
     SessionContext context;
     context.exchange = exchange;
@@ -379,6 +384,11 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     context.headers = std::move(headers);
     context.received_at = request.received_at;
     context.deadline = request.received_at + *timeout;
+    if (options_.traces != nullptr) {
+      context.trace =
+          options_.traces->Begin(request_id, absl::StrCat("POST ", name), request.Header("traceparent").value_or(""),
+                                 FromSteady(request.received_at));
+    }
     // Freed with its last copy, whichever way the request ends.
     context.on_end = [live = std::make_shared<LiveId>(shared_from_this(), request_id)]() mutable { live->Release(); };
 
@@ -398,6 +408,9 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
       context.exchange->BodyConsumed();
       if (!parsed.ok()) {
         self->Answer(parsed.status(), context.route, context.headers, *context.exchange);
+        if (context.trace != nullptr) {
+          context.trace->Close(MonotonicNow(), parsed.status().code(), ToHttpError(parsed.status()).http_status);
+        }
         return context.on_end();
       }
       if (!parsed->ignored.empty()) {

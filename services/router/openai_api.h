@@ -14,6 +14,7 @@
 #include <string>
 
 #include "services/common/metrics.h"
+#include "services/common/request_trace.h"
 #include "services/router/generation.h"
 #include "services/router/http_server.h"
 #include "services/router/openai_request.h"
@@ -25,8 +26,10 @@ struct OpenAiApiOptions {
   ApiLimits limits;
   GenerationService* generations = nullptr;        // must outlive the servers
   const prometheus::Registry* registry = nullptr;  // for /metrics; must outlive the servers
-  HttpMetrics* metrics = nullptr;                  // must outlive the servers
-  std::function<Json()> status;                    // what the status page shows; any thread; may be empty
+  TraceLog* traces = nullptr;             // where requests' time is recorded; must outlive the servers; may be null
+  std::vector<std::string> metric_names;  // sets of other servers' names that /metrics has too
+  HttpMetrics* metrics = nullptr;         // must outlive the servers
+  std::function<Json()> status;           // what the status page shows; any thread; may be empty
   // Asks a worker to drain, for the operator's POST /workers/NAME/drain; NotFound: there is no such worker. Any thread;
   // empty: there is no such route.
   std::function<absl::Status(const std::string& name)> drain_worker;

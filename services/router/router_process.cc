@@ -18,6 +18,7 @@
 #include "services/common/metrics.h"
 #include "services/common/rpc.h"
 #include "services/common/startup_watch.h"
+#include "services/common/trace_export.h"
 #include "services/router/cluster_service.h"
 #include "services/router/http_server.h"
 #include "services/router/openai_api.h"
@@ -105,7 +106,15 @@ class RouterProcessImpl final : public RouterProcess {
     RETURN_IF_ERROR(LoadModel());
     http_metrics_.emplace(registry_metrics_, model_.id);
     flow_metrics_.emplace(registry_metrics_);
+    SetBuildInfo(registry_metrics_);
+    SetModelInfo(registry_metrics_, {.role = "router",
+                                     .model = model_.id,
+                                     .device = {},
+                                     .numerics = config.model().numerics(),
+                                     .kernel_set = {},
+                                     .compat_hash = {}});
     const IncarnationId self = IncarnationId::Random();
+    OpenTraces();
     const v1::TimerSection& timers = config.timers();
     registry_.emplace(RegistryOptions{.router = self,
                                       .heartbeat = milliseconds(timers.heartbeat_ms()),
@@ -183,6 +192,24 @@ class RouterProcessImpl final : public RouterProcess {
     return absl::OkStatus();
   }
 
+  // Records are kept for whoever asks; they leave this process only where a collector is named.
+  void OpenTraces() {
+    TraceLogOptions options;
+    if (const v1::TracingSection& section = config_.tracing(); !section.otlp_endpoint().empty()) {
+      TraceExporterOptions exporter;
+      exporter.endpoint = section.otlp_endpoint();
+      exporter.max_queued_spans = section.max_queued_spans();
+      exporter.role = "router";
+      exporter.instance = "router";
+      exporter.version = kVersion;
+      exporter.model = model_.id;
+      exporter_.emplace(std::move(exporter), &registry_metrics_);
+      options.sample_ratio = section.sample_ratio();
+      options.on_sampled = [this](const TraceView& view) { exporter_->Export(view); };
+    }
+    traces_.emplace(std::move(options));
+  }
+
   absl::Status OpenInternal() {
     RpcServerOptions options;
     options.listen = config_.router().control_listen();
@@ -203,6 +230,8 @@ class RouterProcessImpl final : public RouterProcess {
     api.generations = &*flow_;
     api.registry = &registry_metrics_;
     api.metrics = &*http_metrics_;
+    api.traces = &*traces_;
+    api.metric_names.assign(config_.metrics().compatibility().begin(), config_.metrics().compatibility().end());
     api.status = [this] { return StatusJson(*flow_); };
     api.drain_worker = [this](const std::string& name) {
       absl::Status status;
@@ -223,6 +252,7 @@ class RouterProcessImpl final : public RouterProcess {
       service.model = model_;
       service.limits = limits;
       service.generations = &*flow_;
+      service.traces = &*traces_;
       const bool exact = config_.model().numerics() == "exact" ||
                          (config_.model().numerics().empty() && model_config_.weight_format == WeightFormat::kPlain);
       service.numerics = exact ? "exact" : "release";
@@ -261,6 +291,8 @@ class RouterProcessImpl final : public RouterProcess {
   prometheus::Registry registry_metrics_;
   std::optional<HttpMetrics> http_metrics_;
   std::optional<FlowMetrics> flow_metrics_;
+  std::optional<TraceExporter> exporter_;
+  std::optional<TraceLog> traces_;
   EventLoop loop_{"router-loop"};
   std::optional<WorkerRegistry> registry_;
   std::optional<RequestFlow> flow_;
