@@ -331,8 +331,9 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
   }
 
   void AnswerMetrics(const Headers& headers, HttpExchange& exchange) {
-    Send({.content_type = std::string(kMetricsContentType), .body = RenderMetrics(*options_.registry)}, "/metrics",
-         headers, exchange);
+    Send({.content_type = std::string(kMetricsContentType),
+          .body = RenderMetrics(*options_.registry, options_.metric_names)},
+         "/metrics", headers, exchange);
   }
 
   void AnswerStatus(const HttpRequest& request, const Headers& headers, HttpExchange& exchange) {
@@ -425,12 +426,18 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     std::shared_ptr<Permit> permit;
     if (options_.keys != nullptr) {
       auto admitted = options_.keys->Admit(tenant, request.received_at);
-      if (!admitted.ok()) return refuse(admitted.status());
+      if (!admitted.ok()) {
+        options_.metrics->CountRefusal("quota");
+        return refuse(admitted.status());
+      }
       permit = *std::move(admitted);
     }
     // Ids are a tenant's own: nobody can occupy another's, or find out that it is in use.
     const std::string live_id = Concat(tenant, "/", request_id);
-    if (const auto status = Register(live_id); !status.ok()) return refuse(status);
+    if (const auto status = Register(live_id); !status.ok()) {
+      if (absl::IsResourceExhausted(status)) options_.metrics->CountRefusal("overloaded");
+      return refuse(status);
+    }
 
     SessionContext context;
     context.exchange = exchange;
@@ -444,6 +451,11 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     context.headers = std::move(headers);
     context.received_at = request.received_at;
     context.deadline = request.received_at + *timeout;
+    if (options_.traces != nullptr) {
+      context.trace =
+          options_.traces->Begin(request_id, absl::StrCat("POST ", name), request.Header("traceparent").value_or(""),
+                                 FromSteady(request.received_at));
+    }
     // Freed with its last copy, whichever way the request ends.
     context.on_end = [live = std::make_shared<LiveId>(shared_from_this(), live_id), permit]() mutable {
       live->Release();
@@ -468,6 +480,9 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
       context.exchange->BodyConsumed();
       if (!parsed.ok()) {
         self->Answer(parsed.status(), context.route, context.headers, *context.exchange);
+        if (context.trace != nullptr) {
+          context.trace->Close(MonotonicNow(), parsed.status().code(), ToHttpError(parsed.status()).http_status);
+        }
         return context.on_end();
       }
       if (!parsed->ignored.empty()) {

@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
+#include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/grpc_status.h"
 #include "services/common/http_status.h"
@@ -117,8 +118,9 @@ bool Empty(const v1::ChatEvent& event) {
 template <typename Event>
 class CallReactor final : public grpc::ServerWriteReactor<Event>, public GenerationSink {
  public:
-  CallReactor(grpc::CallbackServerContext* context, std::shared_ptr<RouterService::Running> running, bool all_tokens)
-      : context_(context), running_(std::move(running)), all_tokens_(all_tokens) {}
+  CallReactor(grpc::CallbackServerContext* context, std::shared_ptr<RouterService::Running> running, bool all_tokens,
+              TraceLog* traces)
+      : context_(context), running_(std::move(running)), all_tokens_(all_tokens), traces_(traces) {}
 
   // Never fails: what is wrong becomes the call's status.
   void Start(std::shared_ptr<CallReactor> self, const std::string& tenant, std::shared_ptr<Permit> permit,
@@ -127,6 +129,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     self_ = std::move(self);
     permit_ = std::move(permit);
     if (request_id.empty()) request_id = NewRequestId();
+    BeginTrace(request_id);
     if (!request.ok()) return End(request.status());
     running_id_ = RunningId(tenant, request_id);
     const std::weak_ptr<CallReactor> weak = self_;
@@ -144,6 +147,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     GenerationRequest generation;
     // Unique even if the caller uses an id again.
     generation.request_id = request_id;
+    generation.trace = trace_;
     generation.prompt_ids = request_.prompts.front();
     generation.sampling = request_.sampling;
     if (!request_.has_seed) generation.sampling.seed = std::random_device{}();
@@ -221,6 +225,15 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
   }
 
  private:
+  void BeginTrace(const std::string& request_id) {
+    if (traces_ == nullptr) return;
+    const auto& metadata = context_->client_metadata();
+    const auto header = metadata.find("traceparent");
+    const std::string_view parent =
+        header == metadata.end() ? "" : std::string_view(header->second.data(), header->second.size());
+    trace_ = traces_->Begin(request_id, all_tokens_ ? "millrace.v1.Inference/Generate" : "millrace.v1.Inference/Chat",
+                            parent, MonotonicNow());
+  }
   void Complete(v1::FinishReason reason) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     Event rest;
     FillDelta(text_->Finish(), &rest);
@@ -253,6 +266,13 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     ended_ = true;
     running_->Remove(running_id_, this);  // there is nothing left to abort
     if (permit_ != nullptr) permit_->Release();
+    if (trace_ != nullptr) {
+      if (!request_.prompts.empty()) {
+        trace_->AddNumber(0, "input_tokens", static_cast<int64_t>(request_.prompts.front().size()));
+      }
+      trace_->AddNumber(0, "output_tokens", completion_tokens_);
+      trace_->Close(MonotonicNow(), status.code());
+    }
     if (!status.ok()) events_.clear();
     end_ = std::move(status);
     WriteNext();
@@ -286,8 +306,10 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
   grpc::CallbackServerContext* const context_;
   const std::shared_ptr<RouterService::Running> running_;
   const bool all_tokens_;
-  std::shared_ptr<CallReactor> self_;  // until OnDone
-  std::shared_ptr<Permit> permit_;     // null: no keys are asked for
+  TraceLog* const traces_;
+  std::shared_ptr<RequestTrace> trace_;  // set before anything can end the call
+  std::shared_ptr<CallReactor> self_;    // until OnDone
+  std::shared_ptr<Permit> permit_;       // null: no keys are asked for
   std::string request_id_, running_id_;
   ApiRequest request_;
   uint64_t seed_ = 0;
@@ -331,7 +353,7 @@ absl::StatusOr<std::string> RouterService::Authenticate(const grpc::CallbackServ
 template <typename Event, typename Parse>
 grpc::ServerWriteReactor<Event>* RouterService::StartCall(grpc::CallbackServerContext* context,
                                                           const std::string& request_id, bool all_tokens, Parse parse) {
-  auto call = std::make_shared<CallReactor<Event>>(context, running_, all_tokens);
+  auto call = std::make_shared<CallReactor<Event>>(context, running_, all_tokens, options_.traces);
   const absl::StatusOr<std::string> tenant = Authenticate(*context);
   absl::StatusOr<std::shared_ptr<Permit>> permit = std::shared_ptr<Permit>();
   if (tenant.ok() && options_.keys != nullptr) permit = options_.keys->Admit(*tenant, std::chrono::steady_clock::now());

@@ -28,6 +28,7 @@ struct RouterServiceOptions {
   ApiLimits limits;
   GenerationService* generations = nullptr;  // must outlive the server
   ApiKeys* keys = nullptr;                   // who may call; null: everybody. Must outlive the server
+  TraceLog* traces = nullptr;                // where calls' time is recorded; must outlive the server; may be null
 };
 
 class RouterService final : public v1::Inference::CallbackService {
