@@ -8,7 +8,9 @@
 #include <cstring>
 #include <limits>
 
+#include "engine/ops/attention_amx.h"
 #include "engine/ops/cpu_ops.h"
+#include "engine/ops/matmul_amx.h"
 #include "engine/ops/rounding.h"
 #include "engine/ops/vector_cpu.h"
 
@@ -67,6 +69,10 @@ void CpuOps::LoadEntry(const uint8_t* body, const uint8_t* scales, float* entry)
   vec::LoadKvEntry(body, scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim, entry);
 }
 
+void CpuOps::LoadEntry(const uint8_t* body, const uint8_t* scales, uint16_t* entry) const {
+  LoadKvEntryBf16(body, scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim, entry);
+}
+
 void CpuOps::StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const {
   if (layout_.numerics == Numerics::kExact) {
     std::memcpy(body, key, layout_.index_key.body_bytes);
@@ -96,13 +102,6 @@ void CpuOps::LoadIndexKey(const uint8_t* body, const uint8_t* scales, float* key
   }
 }
 
-void CpuOps::LoadCompressed(const SequenceRows& s, int layer, int64_t entry, float* out) const {
-  const PageLayerLayout& l = layout_.page_layers[layer];
-  const uint8_t* page = (*s.pages)[entry / l.entries];
-  const int64_t i = entry % l.entries;
-  LoadEntry(page + l.bodies + i * layout_.entry.body_bytes, page + l.scales + i * layout_.entry.scale_bytes, out);
-}
-
 void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, const float* norm, RopeRows rope,
                           WindowKeys& window) {
   const int64_t dim = config_.head_dim;
@@ -116,7 +115,11 @@ void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, con
     window.first_position.push_back(s.start - old);
     total += old + s.count;
   }
-  if (window.keys.size() < total * dim) window.keys = Buffer<float>(total * dim);
+  if (tiles_) {
+    if (window.bf16.size() < total * dim) window.bf16 = Buffer<uint16_t>(total * dim);
+  } else if (window.keys.size() < total * dim) {
+    window.keys = Buffer<float>(total * dim);
+  }
   const auto ring = [&](const SequenceRows& s, int64_t position, uint8_t** body, uint8_t** scales) {
     const int64_t i = position % layout_.window_slots;
     *body = s.slot + l.window_bodies + i * layout_.entry.body_bytes;
@@ -124,20 +127,33 @@ void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, con
   };
   pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
     const SequenceRows& s = pass.sequences[i];
-    float* key = window.keys.data() + window.first[i] * dim;
-    uint8_t *body, *scales;
-    for (int64_t p = window.first_position[i]; p < s.start; ++p, key += dim) {
-      ring(s, p, &body, &scales);
-      LoadEntry(body, scales, key);
-    }
-    for (int64_t r = 0; r < s.count; ++r, key += dim) {
-      NormRow(kv + (s.row + r) * dim, norm, dim, key);
-      RotateRow(key, dim, rope.cos + (s.row + r) * 32, rope.sin + (s.row + r) * 32, 1);
-      SimulateKv(key);
-      if (s.count - r <= layout_.window_slots) {
-        ring(s, s.start + r, &body, &scales);
-        StoreEntry(key, body, scales);
+    // `keys` has a row for every position from window.first_position[i].
+    const auto append = [&](auto* keys) {
+      uint8_t *body, *scales;
+      for (int64_t p = window.first_position[i]; p < s.start; ++p, keys += dim) {
+        ring(s, p, &body, &scales);
+        LoadEntry(body, scales, keys);
       }
+      for (int64_t r = 0; r < s.count; ++r, keys += dim) {
+        float key[512];
+        NormRow(kv + (s.row + r) * dim, norm, dim, key);
+        RotateRow(key, dim, rope.cos + (s.row + r) * 32, rope.sin + (s.row + r) * 32, 1);
+        SimulateKv(key);
+        if (s.count - r <= layout_.window_slots) {
+          ring(s, s.start + r, &body, &scales);
+          StoreEntry(key, body, scales);
+        }
+        if constexpr (std::is_same_v<decltype(keys), float*>) {
+          std::copy_n(key, dim, keys);
+        } else {
+          NarrowRows({key, dim}, 1, dim, keys);
+        }
+      }
+    };
+    if (tiles_) {
+      append(window.bf16.data() + window.first[i] * dim);
+    } else {
+      append(window.keys.data() + window.first[i] * dim);
     }
   });
 }

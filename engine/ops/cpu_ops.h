@@ -9,6 +9,7 @@
 
 #include "engine/model/config.h"
 #include "engine/numerics.h"
+#include "engine/ops/amx.h"
 #include "engine/ops/index_score_cpu.h"
 #include "engine/ops/ops.h"
 
@@ -63,9 +64,20 @@ class CpuOps : public Ops {
   // One entry or index key to and from its stored form.
   void StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) const;
   void LoadEntry(const uint8_t* body, const uint8_t* scales, float* entry) const;
+  void LoadEntry(const uint8_t* body, const uint8_t* scales, uint16_t* entry) const;  // BF16 bits
   void StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const;
   void LoadIndexKey(const uint8_t* body, const uint8_t* scales, float* key) const;
-  void LoadCompressed(const SequenceRows& s, int layer, int64_t entry, float* out) const;
+  template <typename Key>
+  void LoadCompressed(const SequenceRows& s, int layer, int64_t entry, Key* out) const {
+    const PageLayerLayout& l = layout_.page_layers[layer];
+    const uint8_t* page = (*s.pages)[entry / l.entries];
+    const int64_t i = entry % l.entries;
+    LoadEntry(page + l.bodies + i * layout_.entry.body_bytes, page + l.scales + i * layout_.entry.scale_bytes, out);
+  }
+  // SparseAttention on window keys of one type.
+  template <typename Key>
+  void Attend(int layer, const Pass& pass, const float* q, int heads, const float* sink, const WindowKeys& window,
+              const Key* window_keys, const Selection& selection, RopeRows rope, float* out);
   void ScoreCodes(const SequenceRows& s, int layer, int64_t r0, int64_t rows, int64_t n_max, int heads, float* scores,
                   int64_t ld);
   void ScoreFloats(const SequenceRows& s, int layer, const float* q, int64_t r0, int64_t rows, int64_t n_max, int heads,
@@ -76,6 +88,8 @@ class CpuOps : public Ops {
   const CacheLayout& layout_;
   const Rounding rounding_;
   ThreadPool& pool_;
+  // Whether attention runs on AMX tiles: everything it multiplies is a BF16 value.
+  const bool tiles_ = rounding_ == Rounding::All() && AmxAvailable();
   std::vector<float> codes_, scales_;  // quantised activations of Linear
   std::vector<float> mixes_;           // [T, (2 + hc) hc] of the mHC product
   std::vector<float> gate_logits_;

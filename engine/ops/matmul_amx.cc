@@ -9,9 +9,8 @@
 
 #include "engine/status.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef MILLRACE_HAVE_AMX
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -19,30 +18,17 @@
 #include <cstring>
 #include <vector>
 
-// Only these functions may contain AVX-512: options for the whole file would leak into inline functions of headers that
-// the linker shares with the rest of the program.
-#define MILLRACE_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma,amx-tile,amx-bf16")))
-
 namespace millrace {
 namespace {
 
-constexpr int kTileK = 32, kTileN = 16, kTileRows = 16;
+using amx::CompilerBarrier;
+using amx::ReleaseTiles;
+using amx::Tile;
+using amx::kTileK;
+using amx::kTileN;
+using amx::kTileRows;
+
 constexpr int kTiles = PackedLinear::kPanel / kTileN;
-
-// 16 pairs of inputs by 16 outputs.
-struct alignas(64) WeightTile {
-  uint32_t pairs[kTileK / 2][kTileN];
-};
-
-// What LDTILECFG reads.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// GCC 12's tile intrinsics do not say which memory they read: what they shall find there must be stored before.
-inline void CompilerBarrier() { asm volatile("" ::: "memory"); }
 
 constexpr int BlockK(WeightKind kind) { return kind == WeightKind::kFp8 ? 128 : 32; }
 
@@ -69,7 +55,7 @@ MILLRACE_AMX inline __m512 WidenFp4(const uint8_t* codes, bool high) {
 }
 
 // Weights of inputs k0 .. k0 + 31, outputs lane .. lane + 15 of a panel.
-MILLRACE_AMX void FillTile(WeightKind kind, const uint8_t* panel, int width, int64_t k0, int lane, WeightTile& tile) {
+MILLRACE_AMX void FillTile(WeightKind kind, const uint8_t* panel, int width, int64_t k0, int lane, Tile& tile) {
   for (int p = 0; p < kTileK / 2; ++p) {
     const int64_t k = k0 + 2 * p;
     __m512i pairs;
@@ -85,24 +71,17 @@ MILLRACE_AMX void FillTile(WeightKind kind, const uint8_t* panel, int width, int
       const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + width)));
       pairs = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
     }
-    _mm512_store_si512(tile.pairs[p], pairs);
+    _mm512_store_si512(tile.words[p], pairs);
   }
 }
 
 MILLRACE_AMX void ConfigureTiles(int rows) {
-  TileConfig config;
-  for (int t = 0; t < 4; ++t) config.bytes[t] = 64, config.rows[t] = static_cast<uint8_t>(rows);  // sums
-  config.bytes[4] = 64, config.rows[4] = static_cast<uint8_t>(rows);                              // inputs
-  config.bytes[5] = 64, config.rows[5] = kTileK / 2;                                              // weights
-  CompilerBarrier();
-  _tile_loadconfig(&config);
+  const auto r = static_cast<uint8_t>(rows);
+  amx::ConfigureTiles(amx::TileConfig({r, r, r, r, r, 16, 16, 16}));  // sums, inputs, weights
 }
 
-// Tiles in use make every context switch dearer.
-MILLRACE_AMX void ReleaseTiles() { _tile_release(); }
-
 // sums [rows][64] of one block: `steps` times 32 inputs. x points at the block's first input of the first row.
-MILLRACE_AMX void BlockSums(const uint16_t* x, int64_t k, const WeightTile (*tiles)[kTiles], int steps, float* sums) {
+MILLRACE_AMX void BlockSums(const uint16_t* x, int64_t k, const Tile (*tiles)[kTiles], int steps, float* sums) {
   const int64_t row_bytes = k * 2;
   CompilerBarrier();
   _tile_zero(0);
@@ -256,7 +235,7 @@ void AmxPanelProduct(const PackedLinear& w, int64_t panel, const Bf16Rows& x, in
     return;
   }
   constexpr int kMaxSteps = 128 / kTileK;
-  alignas(64) WeightTile tiles[kMaxSteps][kTiles];
+  alignas(64) Tile tiles[kMaxSteps][kTiles];
   alignas(64) float sums[kTileRows * PackedLinear::kPanel];
   thread_local std::vector<float> totals;
   totals.assign(m * PackedLinear::kPanel, 0.0f);

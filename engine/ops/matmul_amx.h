@@ -11,12 +11,10 @@
 
 #include <cstdint>
 
+#include "engine/ops/amx.h"
 #include "engine/ops/packed_linear.h"
 
 namespace millrace {
-
-// Whether this processor has AMX with BF16 and this process may use it. Asks the kernel once.
-bool AmxAvailable();
 
 inline bool AmxTakes(const PackedLinear& w) { return w.kind() != WeightKind::kF32 && w.k() % 32 == 0; }
 

@@ -136,17 +136,50 @@ void DotHeadsV(const float* q, int heads, const float* const* keys, int num_keys
   for (; j < num_keys; ++j) DotKeys<1>(q, heads, keys + j, n, scale, logits + j, ld);
 }
 
-float ExpTileV(const float* logits, int n, float max, float* p) {
+// Sums of kHeads rows in ascending order: side by side, so that additions need not wait for each other.
+template <int kHeads>
+HWY_INLINE void SumRows(const float* HWY_RESTRICT rows, int64_t ld, int n, float* HWY_RESTRICT sum) {
+  float s[kHeads] = {};
+  for (int j = 0; j < n; ++j) {
+    for (int h = 0; h < kHeads; ++h) s[h] += rows[h * ld + j];
+  }
+  for (int h = 0; h < kHeads; ++h) sum[h] = s[h];
+}
+
+void SoftmaxV(float* logits, int64_t ld, int heads, int n, bool round, float* max, float* sum) {
+  const D d;
+  const V floor = hn::Set(d, -87.0f);
+  for (int h = 0; h < heads; ++h) {
+    float* row = logits + h * ld;
+    V best = hn::Set(d, row[0]);
+    ForVectors(n, [&](int64_t i, int64_t c) HWY_ATTR {
+      if (c == kLanes) {
+        best = hn::Max(best, hn::LoadU(d, row + i));
+      } else {
+        for (int64_t j = i; j < i + c; ++j) best = hn::Max(best, hn::Set(d, row[j]));
+      }
+    });
+    max[h] = hn::GetLane(hn::MaxOfLanes(d, best));
+    ForVectors(n, [&](int64_t i, int64_t c) HWY_ATTR {
+      const V x = hn::Sub(LoadSome(row + i, c), hn::Set(d, max[h]));
+      // Far below, Exp would meet -inf; its true value rounds to 0 there anyway.
+      const V e = hn::IfThenElseZero(hn::Gt(x, floor), hn::Exp(d, hn::Max(x, floor)));
+      StoreSome(e, row + i, c);
+    });
+  }
+  int h = 0;
+  for (; h + 4 <= heads; h += 4) SumRows<4>(logits + h * ld, ld, n, sum + h);
+  for (; h < heads; ++h) SumRows<1>(logits + h * ld, ld, n, sum + h);
+  if (!round) return;
+  for (h = 0; h < heads; ++h) RoundBf16V(logits + h * ld, n);
+}
+
+void DivideV(const float* x, float z, int64_t n, bool round, float* out) {
   const D d;
   ForVectors(n, [&](int64_t i, int64_t c) HWY_ATTR {
-    const V x = hn::Sub(LoadSome(logits + i, c), hn::Set(d, max));
-    // Far below, Exp would meet -inf; its true value rounds to 0 there anyway.
-    const V e = hn::IfThenElseZero(hn::Gt(x, hn::Set(d, -87.0f)), hn::Exp(d, hn::Max(x, hn::Set(d, -87.0f))));
-    StoreSome(e, p + i, c);
+    const V v = hn::Div(LoadSome(x + i, c), hn::Set(d, z));
+    StoreSome(round ? RoundVector(v) : v, out + i, c);
   });
-  float sum = 0;
-  for (int j = 0; j < n; ++j) sum += p[j];
-  return sum;
 }
 
 // Adds kKeys keys, in order, to kHeads sums that stay in memory: keys are read once, from start to end.
@@ -319,7 +352,8 @@ HWY_EXPORT(ScaleV);
 HWY_EXPORT(RoundBf16V);
 HWY_EXPORT(ScaleWeightedV);
 HWY_EXPORT(DotHeadsV);
-HWY_EXPORT(ExpTileV);
+HWY_EXPORT(SoftmaxV);
+HWY_EXPORT(DivideV);
 HWY_EXPORT(AccumulateValuesV);
 HWY_EXPORT(MixStreamsV);
 HWY_EXPORT(RecombineStreamsV);
@@ -353,8 +387,11 @@ void DotHeads(const float* q, int heads, const float* const* keys, int num_keys,
               int64_t ld_logits) {
   HWY_DYNAMIC_DISPATCH(DotHeadsV)(q, heads, keys, num_keys, n, scale, logits, ld_logits);
 }
-float ExpTile(const float* logits, int n, float max, float* p) {
-  return HWY_DYNAMIC_DISPATCH(ExpTileV)(logits, n, max, p);
+void Softmax(float* logits, int64_t ld, int heads, int n, bool round, float* max, float* sum) {
+  HWY_DYNAMIC_DISPATCH(SoftmaxV)(logits, ld, heads, n, round, max, sum);
+}
+void Divide(const float* x, float z, int64_t n, bool round, float* out) {
+  HWY_DYNAMIC_DISPATCH(DivideV)(x, z, n, round, out);
 }
 void AccumulateValues(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys, int64_t dim,
                       float* o) {

@@ -26,8 +26,12 @@ void ScaleWeighted(const float* x, float scale, const float* w, int64_t n, bool 
 void DotHeads(const float* q, int heads, const float* const* keys, int num_keys, int64_t n, float scale, float* logits,
               int64_t ld_logits);
 
-// One softmax tile: p[j] = exp(logits[j] - max), returns their sum in ascending order; masked lanes (-inf) give 0.
-float ExpTile(const float* logits, int n, float max, float* p);
+// Per head h: max[h] of the n logits [heads, ld], which become exp(logit - max), and sum[h] of these in ascending order;
+// then they are rounded to BF16 if `round`.
+void Softmax(float* logits, int64_t ld, int heads, int n, bool round, float* max, float* sum);
+
+// out = x / z, rounded to BF16 if `round`.
+void Divide(const float* x, float z, int64_t n, bool round, float* out);
 
 // o[h] += sum_j p[h * ld_p + j] * keys[j], j ascending; o [heads, dim], dim a multiple of 32.
 void AccumulateValues(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys, int64_t dim,
