@@ -48,12 +48,10 @@ void CpuOps::StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) cons
     return;
   }
   const int plain = config_.head_dim - config_.rope_head_dim;
-  for (int g = 0; g < plain / 64; ++g) {
-    float codes[64], scale;
-    QuantiseActivations(entry + g * 64, 64, 64, codes, &scale);
-    for (int i = 0; i < 64; ++i) body[g * 64 + i] = EncodeE4m3(codes[i]);
-    scales[g] = static_cast<uint8_t>(std::bit_cast<uint32_t>(scale) >> 23);
-  }
+  float codes[512], factors[8];
+  QuantiseActivations(entry, plain, 64, codes, factors);
+  vec::EncodeE4m3Values(codes, plain, body);
+  for (int g = 0; g < plain / 64; ++g) scales[g] = static_cast<uint8_t>(std::bit_cast<uint32_t>(factors[g]) >> 23);
   for (int i = 0; i < config_.rope_head_dim; ++i) {
     const uint16_t bits = EncodeBf16(entry[plain + i]);
     std::memcpy(body + plain + 2 * i, &bits, 2);

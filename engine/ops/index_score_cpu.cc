@@ -137,6 +137,23 @@ void EncodeTwiceV(const float* x, float inverse, int8_t* twice) {
   for (int i = 0; i < 32; ++i) twice[i] = static_cast<int8_t>(values[i]);
 }
 
+// x = x / norm rounded to BF16 (a quotient: near-ties decide FP4 codes); returns the greatest magnitude.
+float DivideAndRoundV(float* x, float norm, int n) {
+  const D d;
+  const hn::Rebind<uint32_t, D> du;
+  V greatest = hn::Zero(d);
+  for (int i = 0; i < n; i += kLanes) {
+    const V v = hn::Div(hn::LoadU(d, x + i), hn::Set(d, norm));
+    const auto bits = hn::BitCast(du, v);
+    const auto lsb = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
+    const auto high = hn::And(hn::Add(bits, hn::Add(lsb, hn::Set(du, 0x7fffu))), hn::Set(du, 0xffff0000u));
+    const V rounded = hn::IfThenElse(hn::IsNaN(v), v, hn::BitCast(d, high));
+    hn::StoreU(rounded, d, x + i);
+    greatest = hn::Max(greatest, hn::Abs(rounded));
+  }
+  return hn::GetLane(hn::MaxOfLanes(d, greatest));
+}
+
 // The codes of one stored key, 12 + twice the value, in order of dims.
 void ExpandKeyV(const uint8_t* HWY_RESTRICT body, uint8_t* HWY_RESTRICT codes) {
   alignas(16) static constexpr uint8_t kCodes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
@@ -168,6 +185,7 @@ HWY_AFTER_NAMESPACE();
 namespace millrace {
 HWY_EXPORT(ScoreIndexTileV);
 HWY_EXPORT(HadamardV);
+HWY_EXPORT(DivideAndRoundV);
 HWY_EXPORT(EncodeTwiceV);
 HWY_EXPORT(ExpandKeyV);
 
@@ -177,12 +195,7 @@ void QuantiseIndex(const float* x, IndexRow& row) {
   const float norm = std::sqrt(static_cast<float>(kIndexDim));
   for (int g = 0; g < kIndexGroups; ++g) {
     float* group = y + g * 32;
-    float amax = 0;
-    for (int i = 0; i < 32; ++i) {
-      group[i] = RoundBf16(group[i] / norm);  // the quotient: near-ties decide FP4 codes
-      amax = std::max(amax, std::abs(group[i]));
-    }
-    const int exponent = Fp4Scale(amax);
+    const int exponent = Fp4Scale(HWY_DYNAMIC_DISPATCH(DivideAndRoundV)(group, norm, 32));
     row.scales[g] = PowerOfTwo(exponent);
     int8_t* twice = row.twice + g * 32;
     HWY_DYNAMIC_DISPATCH(EncodeTwiceV)(group, PowerOfTwo(-exponent), twice);

@@ -67,16 +67,7 @@ void CpuOps::PrepareRope(const RopeFrequencies& f, const int64_t* positions, int
 }
 
 void CpuOps::RotateRow(float* x, int64_t dim, const float* cos, const float* sin, float sign) const {
-  float* pair = x + dim - 64;
-  for (int i = 0; i < 32; ++i, pair += 2) {
-    const float a = pair[0], b = pair[1], s = sign * sin[i];
-    pair[0] = a * cos[i] - b * s;
-    pair[1] = a * s + b * cos[i];
-    if (rounding_.rope_out) {
-      pair[0] = RoundBf16(pair[0]);
-      pair[1] = RoundBf16(pair[1]);
-    }
-  }
+  vec::RotatePairs(x + dim - 64, cos, sin, sign, rounding_.rope_out);
 }
 
 void CpuOps::QueryNormRope(float* q, int heads, RopeRows rope, int64_t rows) {

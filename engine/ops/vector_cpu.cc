@@ -98,6 +98,34 @@ void ScaleWeightedV(const float* x, float scale, const float* w, int64_t n, bool
   });
 }
 
+void RotatePairsV(float* x, const float* cos, const float* sin, float sign, bool round) {
+  const D d;
+  for (int64_t i = 0; i < 32; i += kLanes) {
+    V a, b;
+    hn::LoadInterleaved2(d, x + 2 * i, a, b);
+    const V c = hn::LoadU(d, cos + i), s = hn::Mul(hn::LoadU(d, sin + i), hn::Set(d, sign));
+    // Products rounded on their own, as in the reference: near-ties decide BF16 values.
+    const V x0 = hn::Sub(hn::Mul(a, c), hn::Mul(b, s)), x1 = hn::Add(hn::Mul(a, s), hn::Mul(b, c));
+    hn::StoreInterleaved2(round ? RoundVector(x0) : x0, round ? RoundVector(x1) : x1, d, x + 2 * i);
+  }
+}
+
+void EncodeE4m3ValuesV(const float* x, int64_t n, uint8_t* codes) {
+  const D d;
+  const hn::Rebind<int32_t, D> di;
+  const hn::Rebind<uint8_t, D> d8;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const V v = hn::LoadU(d, x + i), magnitude = hn::Abs(v);
+    const auto sign = hn::And(hn::ShiftRight<24>(hn::BitCast(di, v)), hn::Set(di, 0x80));
+    const auto normal = hn::Sub(hn::ShiftRight<20>(hn::BitCast(di, magnitude)), hn::Set(di, (127 - 7) << 3));
+    const auto subnormal = hn::ConvertTo(di, hn::Mul(magnitude, hn::Set(d, 0x1p9f)));
+    const auto is_small = hn::RebindMask(di, hn::Lt(magnitude, hn::Set(d, 0x1p-6f)));
+    hn::StoreU(hn::DemoteTo(d8, hn::Or(sign, hn::IfThenElse(is_small, subnormal, normal))), d8, codes + i);
+  }
+  for (; i < n; ++i) codes[i] = EncodeE4m3(x[i]);
+}
+
 // kHeads queries against kKeys keys: one partial vector each, enough of them in flight to hide a multiply-add's
 // latency.
 template <int kHeads, int kKeys>
@@ -352,6 +380,8 @@ HWY_EXPORT(ScaleV);
 HWY_EXPORT(RoundBf16V);
 HWY_EXPORT(ScaleWeightedV);
 HWY_EXPORT(DotHeadsV);
+HWY_EXPORT(RotatePairsV);
+HWY_EXPORT(EncodeE4m3ValuesV);
 HWY_EXPORT(SoftmaxV);
 HWY_EXPORT(DivideV);
 HWY_EXPORT(AccumulateValuesV);
@@ -386,6 +416,12 @@ void ScaleWeighted(const float* x, float scale, const float* w, int64_t n, bool 
 void DotHeads(const float* q, int heads, const float* const* keys, int num_keys, int64_t n, float scale, float* logits,
               int64_t ld_logits) {
   HWY_DYNAMIC_DISPATCH(DotHeadsV)(q, heads, keys, num_keys, n, scale, logits, ld_logits);
+}
+void RotatePairs(float* x, const float* cos, const float* sin, float sign, bool round) {
+  HWY_DYNAMIC_DISPATCH(RotatePairsV)(x, cos, sin, sign, round);
+}
+void EncodeE4m3Values(const float* x, int64_t n, uint8_t* codes) {
+  HWY_DYNAMIC_DISPATCH(EncodeE4m3ValuesV)(x, n, codes);
 }
 void Softmax(float* logits, int64_t ld, int heads, int n, bool round, float* max, float* sum) {
   HWY_DYNAMIC_DISPATCH(SoftmaxV)(logits, ld, heads, n, round, max, sum);

@@ -22,6 +22,13 @@ void RoundBf16(float* y, int64_t n);
 // out = x * scale * w (w null: 1), rounded to BF16 if `round`; may alias.
 void ScaleWeighted(const float* x, float scale, const float* w, int64_t n, bool round, float* out);
 
+// 32 pairs x [64], rotated in place by the angles of cos and sin [32], or back where `sign` is -1; rounded to BF16 if
+// `round`.
+void RotatePairs(float* x, const float* cos, const float* sin, float sign, bool round);
+
+// E4M3 codes of E4M3 values.
+void EncodeE4m3Values(const float* x, int64_t n, uint8_t* codes);
+
 // logits[h * ld_logits + j] = scale * (q_h · keys[j]) for `heads` queries q [heads, n]; n a multiple of 16.
 void DotHeads(const float* q, int heads, const float* const* keys, int num_keys, int64_t n, float scale, float* logits,
               int64_t ld_logits);
