@@ -157,10 +157,11 @@ MILLRACE_AMX void LoadKvEntryBf16(const uint8_t* body, const uint8_t* scales, in
 
 MILLRACE_AMX void QueryTiles::Pack(const float* q, int heads, int64_t dim) {
   CHECK(dim % kDimStep == 0 && dim <= 512, "attention on tiles takes dims in groups of 64, 512 at most");
+  const int64_t blocks = dim / kTileK, groups = (heads + kTileN - 1) / kTileN;
+  // Places of heads that do not exist are zero, and stay so between rows.
+  if (heads != heads_ || dim != dim_) queries_.assign(groups * blocks * kTileRows * kTileN, 0);
   heads_ = heads;
   dim_ = dim;
-  const int64_t blocks = dim / kTileK, groups = (heads + kTileN - 1) / kTileN;
-  queries_.assign(groups * blocks * kTileRows * kTileN, 0);
   const __m512i places = _mm512_mullo_epi32(
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kTileN));
   for (int h = 0; h < heads; ++h) {

@@ -182,6 +182,8 @@ void ExpandKeyV(const uint8_t* HWY_RESTRICT body, uint8_t* HWY_RESTRICT codes) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+#include "engine/ops/amx.h"
+
 namespace millrace {
 HWY_EXPORT(ScoreIndexTileV);
 HWY_EXPORT(HadamardV);
@@ -211,8 +213,12 @@ void LoadIndexTileKey(const uint8_t* body, const uint8_t* scales, int i, IndexKe
   for (int g = 0; g < kIndexGroups; ++g) tile.scales[g][i] = DecodeE8m0(scales[g]);
 }
 
-void ScoreIndexTile(const IndexRow* query, const float* weights, int heads, const IndexKeyTile& tile, float* scores) {
-  HWY_DYNAMIC_DISPATCH(ScoreIndexTileV)(query, weights, heads, tile, scores);
+void ScoreIndexTiles(const IndexRow* query, const float* weights, int heads, const IndexKeyTile* tiles,
+                     int64_t num_tiles, float* scores) {
+  if (AmxAvailable()) return ScoreIndexTilesAmx(query, weights, heads, tiles, num_tiles, scores);
+  for (int64_t t = 0; t < num_tiles; ++t) {
+    HWY_DYNAMIC_DISPATCH(ScoreIndexTileV)(query, weights, heads, tiles[t], scores + t * kIndexTile);
+  }
 }
 
 }  // namespace millrace

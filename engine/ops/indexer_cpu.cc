@@ -60,10 +60,9 @@ void CpuOps::ScoreCodes(const SequenceRows& s, int layer, int64_t r0, int64_t ro
       const int64_t row = s.row + r0 + r;
       // A whole tile is scored even if the row sees a part of it: what lies beyond is never read.
       const int64_t limit = std::min((s.start + r0 + r + 1) / 4, end);
-      for (int64_t e = e0; e < limit; e += kIndexTile) {
-        ScoreIndexTile(index_queries_.data() + row * heads, index_weights_.data() + row * heads, heads,
-                       index_tiles_[(e - e0) / kIndexTile], scores + r * ld + e);
-      }
+      if (limit <= e0) return;
+      ScoreIndexTiles(index_queries_.data() + row * heads, index_weights_.data() + row * heads, heads,
+                      index_tiles_.data(), (limit - e0 + kIndexTile - 1) / kIndexTile, scores + r * ld + e0);
     });
   }
 }

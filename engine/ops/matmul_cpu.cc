@@ -299,26 +299,31 @@ HWY_EXPORT(AbsMax);
 
 void MatMul(const PackedLinear& w, const ActivationRows& x, int64_t m, float* out, int64_t out_ld, ThreadPool& pool) {
   if (m == 0) return;
+  const int64_t panels = w.num_panels();
+  if (x.bf16 && AmxTakes(w) && AmxAvailable()) {
+    // Widened weights serve all rows of a strip, whose inputs stay in the second-level cache.
+    constexpr int64_t kRowStrip = 512;
+    const uint16_t* narrow = x.narrow;
+    static thread_local std::vector<uint16_t> rows;
+    if (narrow == nullptr) {
+      rows.resize(std::max<size_t>(rows.size(), m * w.k()));
+      NarrowRows(x, m, w.k(), rows.data());
+      narrow = rows.data();
+    }
+    pool.For(panels * ((m + kRowStrip - 1) / kRowStrip), [&](int64_t i) {
+      const int64_t panel = i % panels, row = i / panels * kRowStrip;
+      AmxPanelProduct(w, panel, narrow + row * w.k(), std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
+    });
+    return;
+  }
   // Rows go through in strips that keep the activations in cache; the split changes no sum.
   constexpr int64_t kRowStrip = 96;
-  const int64_t panels = w.num_panels(), strips = (m + kRowStrip - 1) / kRowStrip;
-  const uint16_t* narrow = nullptr;  // [m, k], if the product goes into tiles
-  if (x.bf16 && AmxTakes(w) && AmxAvailable()) {
-    static thread_local std::vector<uint16_t> rows;
-    rows.resize(std::max<size_t>(rows.size(), m * w.k()));
-    NarrowRows(x, m, w.k(), rows.data());
-    narrow = rows.data();
-  }
-  pool.For(panels * strips, [&](int64_t i) {
-    const int64_t panel = i % panels, row = i / panels * kRowStrip, rows = std::min(kRowStrip, m - row);
+  pool.For(panels * ((m + kRowStrip - 1) / kRowStrip), [&](int64_t i) {
+    const int64_t panel = i % panels, row = i / panels * kRowStrip;
     ActivationRows part = x;
     part.values += row * x.ld;
     if (part.scales != nullptr) part.scales += row * x.scales_ld;
-    if (narrow != nullptr) {
-      AmxPanelProduct(w, panel, {narrow + row * w.k(), part.scales, x.scales_ld}, rows, out + row * out_ld, out_ld);
-    } else {
-      HWY_DYNAMIC_DISPATCH(PanelProductAny)(w, panel, part, rows, out + row * out_ld, out_ld);
-    }
+    HWY_DYNAMIC_DISPATCH(PanelProductAny)(w, panel, part, std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
   });
 }
 
