@@ -103,7 +103,7 @@ void CpuOps::LoadIndexKey(const uint8_t* body, const uint8_t* scales, float* key
 void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, const float* norm, RopeRows rope,
                           WindowKeys& window) {
   const int64_t dim = config_.head_dim;
-  const SlotLayerLayout& l = layout_.slot_layers[slot_layer];
+  window.slot_layer = slot_layer;
   window.first.clear();
   window.first_position.clear();
   int64_t total = 0;
@@ -111,47 +111,44 @@ void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, con
     const int64_t old = std::min<int64_t>(s.start, layout_.window - 1);
     window.first.push_back(total);
     window.first_position.push_back(s.start - old);
-    total += old + s.count;
+    if (s.count > kRowsAlone) total += old + s.count;
   }
   if (tiles_) {
     if (window.bf16.size() < total * dim) window.bf16 = Buffer<uint16_t>(total * dim);
   } else if (window.keys.size() < total * dim) {
     window.keys = Buffer<float>(total * dim);
   }
-  const auto ring = [&](const SequenceRows& s, int64_t position, uint8_t** body, uint8_t** scales) {
-    const int64_t i = position % layout_.window_slots;
-    *body = s.slot + l.window_bodies + i * layout_.entry.body_bytes;
-    *scales = s.slot + l.window_scales + i * layout_.entry.scale_bytes;
-  };
   pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
     const SequenceRows& s = pass.sequences[i];
-    // `keys` has a row for every position from window.first_position[i].
+    // `keys` has a row for every position from window.first_position[i], or is null.
     const auto append = [&](auto* keys) {
-      uint8_t *body, *scales;
-      for (int64_t p = window.first_position[i]; p < s.start; ++p, keys += dim) {
-        ring(s, p, &body, &scales);
-        LoadEntry(body, scales, keys);
+      for (int64_t p = window.first_position[i]; keys != nullptr && p < s.start; ++p, keys += dim) {
+        LoadWindow(s, slot_layer, p, keys);
       }
-      for (int64_t r = 0; r < s.count; ++r, keys += dim) {
+      for (int64_t r = 0; r < s.count; ++r) {
         float key[512];
         NormRow(kv + (s.row + r) * dim, norm, dim, key);
         RotateRow(key, dim, rope.cos + (s.row + r) * 32, rope.sin + (s.row + r) * 32, 1);
         SimulateKv(key);
         if (s.count - r <= layout_.window_slots) {
-          ring(s, s.start + r, &body, &scales);
-          StoreEntry(key, body, scales);
+          const Stored stored = WindowPlace(s, slot_layer, s.start + r);
+          StoreEntry(key, stored.body, stored.scales);
         }
+        if (keys == nullptr) continue;
         if constexpr (std::is_same_v<decltype(keys), float*>) {
           std::copy_n(key, dim, keys);
         } else {
           NarrowRows({key, dim}, 1, dim, keys);
         }
+        keys += dim;
       }
     };
+    const int64_t begin = window.first[i] * dim;
+    const bool kept = s.count > kRowsAlone;
     if (tiles_) {
-      append(window.bf16.data() + window.first[i] * dim);
+      append(kept ? window.bf16.data() + begin : nullptr);
     } else {
-      append(window.keys.data() + window.first[i] * dim);
+      append(kept ? window.keys.data() + begin : nullptr);
     }
   });
 }

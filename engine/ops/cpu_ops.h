@@ -74,6 +74,25 @@ class CpuOps : public Ops {
     const int64_t i = entry % l.entries;
     LoadEntry(page + l.bodies + i * layout_.entry.body_bytes, page + l.scales + i * layout_.entry.scale_bytes, out);
   }
+  // The ring's place of a position's window entry, and that entry.
+  struct Stored {
+    uint8_t *body, *scales;
+  };
+  Stored WindowPlace(const SequenceRows& s, int slot_layer, int64_t position) const {
+    const SlotLayerLayout& l = layout_.slot_layers[slot_layer];
+    const int64_t i = position % layout_.window_slots;
+    return {s.slot + l.window_bodies + i * layout_.entry.body_bytes,
+            s.slot + l.window_scales + i * layout_.entry.scale_bytes};
+  }
+  template <typename Key>
+  void LoadWindow(const SequenceRows& s, int slot_layer, int64_t position, Key* out) const {
+    const Stored stored = WindowPlace(s, slot_layer, position);
+    LoadEntry(stored.body, stored.scales, out);
+  }
+  // Up to so many rows of a sequence load the window for themselves when they attend, from a ring that must still hold
+  // all of it then: with a batch of sequences, keys widened ahead would leave the cache before they are read.
+  static constexpr int64_t kRowsAlone = 2;
+  static_assert(kRowsAlone <= kSpeculativeSlots);
   // SparseAttention on window keys of one type.
   template <typename Key>
   void Attend(int layer, const Pass& pass, const float* q, int heads, const float* sink, const WindowKeys& window,

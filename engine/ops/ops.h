@@ -65,8 +65,10 @@ struct CompressorWeights {
 };
 
 // Keys of the window that the rows of a pass may see: per sequence the old entries still visible to its first row,
-// then its own rows; values of the stored entries, as F32 or, where attention wants them so, as BF16 bits.
+// then its own rows; values of the stored entries, as F32 or, where attention wants them so, as BF16 bits. A backend may
+// leave out sequences of few rows and take their keys from the slot.
 struct WindowKeys {
+  int slot_layer = 0;          // whose window this is
   Buffer<float> keys;          // [sum over sequences of (old + count), 512], or `bf16` in its place
   Buffer<uint16_t> bf16;
   std::vector<int64_t> first;  // per sequence: index of the key of position `first_position`

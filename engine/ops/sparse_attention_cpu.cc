@@ -142,60 +142,79 @@ void CpuOps::Attend(int layer, const Pass& pass, const float* q, int heads, cons
   const int ratio = kind == LayerKind::kCsa ? 4 : 128;
   const bool all = kind != LayerKind::kCsa || selection.all;
 
+  // One row. Without `shared_entries` its entries are widened for itself, and so is its window if the row is alone.
+  const auto attend = [&](size_t i, int64_t r, bool alone, const Key* shared_entries) {
+    const SequenceRows& s = pass.sequences[i];
+    const int64_t row = s.row + r, position = s.start + r;
+    static thread_local SegmentedAttention<Key> attention;
+    attention.Start(q + row * heads * dim, heads, dim, rounding_.attention_p);
+    // A ring of one segment, whose keys are read when it closes, and of the tile that is loaded before that.
+    constexpr int64_t kRing = kSegment + kTile;
+    static thread_local std::vector<Key> own;
+    if (shared_entries == nullptr) own.resize(std::max<size_t>(own.size(), kRing * dim));
+    int64_t num_own = 0;
+    const auto next_own = [&] { return own.data() + num_own++ % kRing * dim; };
+    const Key* keys[kTile];
+    for (int64_t tile = 0; tile < slots; tile += kTile) {
+      int n = 0;
+      for (int64_t j = tile; j < std::min<int64_t>(tile + kTile, slots); ++j) {
+        const int64_t p = position - (slots - 1) + j;
+        if (p < 0) continue;
+        if (alone) {
+          Key* at = next_own();
+          LoadWindow(s, window.slot_layer, p, at);
+          keys[n++] = at;
+        } else {
+          keys[n++] = window_keys + (window.first[i] + p - window.first_position[i]) * dim;
+        }
+      }
+      attention.Tile(keys, n);
+    }
+    const int64_t count = kind == LayerKind::kWindow ? 0
+                          : all                      ? (position + 1) / ratio
+                                                     : selection.offset[row + 1] - selection.offset[row];
+    for (int64_t e0 = 0; e0 < count; e0 += kTile) {
+      const int n = static_cast<int>(std::min<int64_t>(kTile, count - e0));
+      for (int j = 0; j < n; ++j) {
+        const int64_t entry = all ? e0 + j : selection.entries[selection.offset[row] + e0 + j];
+        if (shared_entries != nullptr) {
+          keys[j] = shared_entries + entry * dim;
+        } else {
+          Key* at = next_own();
+          LoadCompressed(s, layer, entry, at);
+          keys[j] = at;
+        }
+      }
+      attention.Tile(keys, n);
+    }
+    float* o = out + row * heads * dim;
+    attention.Finish(sink, rounding_.attention_out, o);
+    for (int h = 0; h < heads; ++h) RotateRow(o + h * dim, dim, rope.cos + row * 32, rope.sin + row * 32, -1);
+  };
+
+  std::vector<std::pair<size_t, int64_t>> alone;  // sequence and row
   for (size_t i = 0; i < pass.sequences.size(); ++i) {
     const SequenceRows& s = pass.sequences[i];
+    if (s.count <= kRowsAlone) {
+      for (int64_t r = 0; r < s.count; ++r) alone.emplace_back(i, r);
+      continue;
+    }
     // With several rows each entry is widened once for all of them, as long as that stays small; the values are the
     // same either way.
     const int64_t visible = kind == LayerKind::kWindow ? 0 : (s.start + s.count) / ratio;
     constexpr int64_t kSharedEntries = 32 << 10;
-    const bool shared = s.count > 2 && visible <= kSharedEntries;
     static thread_local std::vector<Key> widened;
-    if (shared) {
-      widened.resize(std::max<size_t>(widened.size(), visible * dim));
+    const Key* shared_entries = nullptr;
+    if (visible <= kSharedEntries) {
+      widened.resize(std::max<size_t>(widened.size(), std::max<int64_t>(visible, 1) * dim));
       Key* base = widened.data();
       pool_.For(visible, [&](int64_t e) { LoadCompressed(s, layer, e, base + e * dim); });
+      shared_entries = base;
     }
-    const Key* shared_entries = widened.data();
-
-    pool_.For(s.count, [&](int64_t r) {
-      const int64_t row = s.row + r, position = s.start + r;
-      static thread_local SegmentedAttention<Key> attention;
-      attention.Start(q + row * heads * dim, heads, dim, rounding_.attention_p);
-      const Key* keys[kTile];
-      for (int64_t tile = 0; tile < slots; tile += kTile) {
-        int n = 0;
-        for (int64_t j = tile; j < std::min<int64_t>(tile + kTile, slots); ++j) {
-          const int64_t p = position - (slots - 1) + j;
-          if (p >= 0) keys[n++] = window_keys + (window.first[i] + p - window.first_position[i]) * dim;
-        }
-        attention.Tile(keys, n);
-      }
-      const int64_t count = kind == LayerKind::kWindow ? 0
-                            : all                      ? (position + 1) / ratio
-                                                       : selection.offset[row + 1] - selection.offset[row];
-      static thread_local std::vector<Key> own;
-      // A ring of one segment, whose keys are read when it closes, and of the tile that is loaded before that.
-      constexpr int64_t kRing = kSegment + kTile;
-      if (!shared) own.resize(std::max<size_t>(own.size(), kRing * dim));
-      for (int64_t e0 = 0; e0 < count; e0 += kTile) {
-        const int n = static_cast<int>(std::min<int64_t>(kTile, count - e0));
-        for (int j = 0; j < n; ++j) {
-          const int64_t entry = all ? e0 + j : selection.entries[selection.offset[row] + e0 + j];
-          if (shared) {
-            keys[j] = shared_entries + entry * dim;
-          } else {
-            Key* at = own.data() + (e0 + j) % kRing * dim;
-            LoadCompressed(s, layer, entry, at);
-            keys[j] = at;
-          }
-        }
-        attention.Tile(keys, n);
-      }
-      float* o = out + row * heads * dim;
-      attention.Finish(sink, rounding_.attention_out, o);
-      for (int h = 0; h < heads; ++h) RotateRow(o + h * dim, dim, rope.cos + row * 32, rope.sin + row * 32, -1);
-    });
+    pool_.For(s.count, [&](int64_t r) { attend(i, r, false, shared_entries); });
   }
+  pool_.For(static_cast<int64_t>(alone.size()),
+            [&](int64_t i) { attend(alone[i].first, alone[i].second, true, nullptr); });
 }
 
 }  // namespace millrace

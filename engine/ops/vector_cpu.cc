@@ -285,14 +285,16 @@ void LoadKvEntryV(const uint8_t* body, const uint8_t* scales, int64_t plain, int
   const hn::Rebind<int8_t, D> d8;
   const hn::Rebind<uint16_t, D> d16;
   const hn::Rebind<uint32_t, D> d32;
-  // The code's exponent field becomes F32's own, 2^120 too small; put back in two steps, since the scale may be large.
-  const V back = hn::Set(d, 0x1p120f);
   for (int64_t i = 0; i < plain; i += 64) {
-    const V factor = hn::Set(d, DecodeE8m0(scales[i / 64]));
+    // The code's exponent field becomes F32's own, 2^120 too small; put back in two steps where one would overflow.
+    const float scale = DecodeE8m0(scales[i / 64]);
+    const V back = hn::Set(d, 0x1p120f * std::min(scale, 128.0f)), rest = hn::Set(d, scale * 0x1p-7f);
     for (int64_t j = i; j < i + 64; j += kLanes) {
       const auto raw = hn::PromoteTo(di, hn::LoadU(d8, reinterpret_cast<const int8_t*>(body) + j));
       const auto bits = hn::And(hn::ShiftLeft<20>(raw), hn::Set(di, static_cast<int32_t>(0x87f00000u)));
-      hn::StoreU(hn::Mul(hn::Mul(hn::BitCast(d, bits), back), factor), d, out + j);
+      V value = hn::Mul(hn::BitCast(d, bits), back);
+      if (!(scale <= 128)) value = hn::Mul(value, rest);
+      hn::StoreU(value, d, out + j);
     }
   }
   const auto* tail = reinterpret_cast<const uint16_t*>(body + plain);
