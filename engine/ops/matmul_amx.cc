@@ -201,18 +201,26 @@ MILLRACE_AMX void ProductOfRows(const uint16_t* x, int64_t k, int64_t m, const S
   }
 }
 
-// Weights of input `k`, outputs `lane` and up, as F32.
+// Weights of input `k`, outputs `lane` and up, as F32; of FP8 weights what HalveFp8 made of them.
 template <WeightKind kKind>
 MILLRACE_AMX inline __m512 Widen(const uint8_t* panel, int width, int64_t k, int lane) {
-  if constexpr (kKind == WeightKind::kFp8) return WidenFp8(panel + k * width + lane, _mm512_set1_ps(0x1p120f));
   if constexpr (kKind == WeightKind::kFp4) return WidenFp4(panel + k * 32 + lane % 32, lane >= 32);
   const uint16_t* at = reinterpret_cast<const uint16_t*>(panel) + k * width + lane;
+  if constexpr (kKind == WeightKind::kFp8) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  }
   const __m512i raw = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
 }
 
-MILLRACE_AMX inline __m512 WidenInput(uint16_t bits) {
-  return _mm512_set1_ps(std::bit_cast<float>(static_cast<uint32_t>(bits) << 16));
+// E4M3 codes as half floats 2^8 too small: exponents and mantissas fit, subnormals become subnormals, which the widening
+// from half floats takes in its stride (a multiplication of F32 subnormals takes a hundred cycles).
+MILLRACE_AMX void HalveFp8(const uint8_t* codes, int64_t n, uint16_t* half) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
+    _mm512_storeu_si512(
+        half + i, _mm512_and_si512(_mm512_slli_epi16(code, 7), _mm512_set1_epi16(static_cast<short>(0xbf80))));
+  }
 }
 
 // What the tile instruction does, for one row and without a tile to fill: of 32 inputs the even ones and the odd ones
@@ -222,24 +230,36 @@ template <WeightKind kKind>
 MILLRACE_AMX void OneRow(const PackedLinear& w, int64_t panel, const uint16_t* x, float* lanes) {
   const unsigned saved = _mm_getcsr();
   if constexpr (kKind == WeightKind::kBf16) _mm_setcsr(saved | 0x8040);  // flush results, take operands as zero
-  const uint8_t* data = w.panel_data(panel);
   const float* scales = w.panel_scales(panel);
   const int width = w.panel_width(panel);
-  const int64_t row_bytes = RowBytes(w, width);
+  const int64_t step_bytes = RowBytes(w, width) * kTileK;
   constexpr int64_t kAhead = 2048;
+  alignas(64) float inputs[kTileK];
+  alignas(64) uint16_t half[kKind == WeightKind::kFp8 ? kTileK * PackedLinear::kPanel : 1];
   const auto product = [&]<int kVectors>(int lane) MILLRACE_AMX {
     __m512 sum[kVectors];
     for (int v = 0; v < kVectors; ++v) sum[v] = _mm512_setzero_ps();
-    for (int64_t s = 0; s < w.k(); s += kTileK) {
+    const uint8_t* step = w.panel_data(panel);
+    for (int64_t s = 0; s < w.k(); s += kTileK, step += step_bytes) {
+      for (int64_t line = 0; line < step_bytes; line += 64) __builtin_prefetch(step + kAhead + line);
+      for (int i = 0; i < kTileK; i += 16) {
+        const __m512i bits =
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + s + i)));
+        _mm512_store_ps(inputs + i, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+      }
+      const uint8_t* weights = step;
+      if constexpr (kKind == WeightKind::kFp8) {
+        HalveFp8(step, step_bytes, half);
+        weights = reinterpret_cast<const uint8_t*>(half);
+      }
+      CompilerBarrier();  // what was stored is to be loaded, not shuffled about in registers
       __m512 even[kVectors], odd[kVectors];
       for (int v = 0; v < kVectors; ++v) even[v] = odd[v] = _mm512_setzero_ps();
-      for (int64_t k = s; k < s + kTileK; k += 2) {
-        const uint8_t* ahead = data + k * row_bytes + kAhead;
-        for (int64_t line = 0; line < 2 * row_bytes; line += 64) __builtin_prefetch(ahead + line);
-        const __m512 x0 = WidenInput(x[k]), x1 = WidenInput(x[k + 1]);
+      for (int k = 0; k < kTileK; k += 2) {
+        const __m512 x0 = _mm512_set1_ps(inputs[k]), x1 = _mm512_set1_ps(inputs[k + 1]);
         for (int v = 0; v < kVectors; ++v) {
-          even[v] = _mm512_fmadd_ps(x0, Widen<kKind>(data, width, k, lane + v * kTileN), even[v]);
-          odd[v] = _mm512_fmadd_ps(x1, Widen<kKind>(data, width, k + 1, lane + v * kTileN), odd[v]);
+          even[v] = _mm512_fmadd_ps(x0, Widen<kKind>(weights, width, k, lane + v * kTileN), even[v]);
+          odd[v] = _mm512_fmadd_ps(x1, Widen<kKind>(weights, width, k + 1, lane + v * kTileN), odd[v]);
         }
       }
       for (int v = 0; v < kVectors; ++v) {
@@ -247,7 +267,7 @@ MILLRACE_AMX void OneRow(const PackedLinear& w, int64_t panel, const uint16_t* x
         if constexpr (kKind == WeightKind::kBf16) {
           sum[v] = _mm512_add_ps(sum[v], both);
         } else if constexpr (kKind == WeightKind::kFp8) {
-          sum[v] = _mm512_fmadd_ps(both, _mm512_set1_ps(scales[s / 128]), sum[v]);
+          sum[v] = _mm512_fmadd_ps(both, _mm512_set1_ps(scales[s / 128] * 0x1p8f), sum[v]);
         } else {
           const float* at = scales + s / 32 * PackedLinear::kPanel + lane + v * kTileN;
           sum[v] = _mm512_fmadd_ps(both, _mm512_loadu_ps(at), sum[v]);
