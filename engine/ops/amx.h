@@ -18,7 +18,7 @@ bool AmxAvailable();
 
 // Only functions marked so may contain AVX-512: options for a whole file would leak into inline functions of headers
 // that the linker shares with the rest of the program.
-#define MILLRACE_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma,amx-tile,amx-bf16,amx-int8")))
+#define MILLRACE_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni,avx2,fma,amx-tile,amx-bf16,amx-int8")))
 
 namespace millrace::amx {
 

@@ -22,7 +22,8 @@ inline bool AmxTakes(const PackedLinear& w) { return w.kind() != WeightKind::kF3
 // Rows, times their scales, to BF16 bits [m, k], subnormals to zero. CHECKs that nothing else is lost. AmxAvailable() must hold.
 void NarrowRows(const ActivationRows& x, int64_t m, int64_t k, uint16_t* out);
 
-// All m rows of BF16 bits x [m, k] times one panel. AmxAvailable() and AmxTakes(w) must hold.
-void AmxPanelProduct(const PackedLinear& w, int64_t panel, const uint16_t* x, int64_t m, float* out, int64_t out_ld);
+// All m rows of BF16 bits x [m, k] times panels `begin` to `end`. AmxAvailable() and AmxTakes(w) must hold.
+void AmxProduct(const PackedLinear& w, int64_t begin, int64_t end, const uint16_t* x, int64_t m, float* out,
+                int64_t out_ld);
 
 }  // namespace millrace

@@ -335,9 +335,12 @@ void MatMul(const PackedLinear& w, const ActivationRows& x, int64_t m, float* ou
       NarrowRows(x, m, w.k(), rows.data());
       narrow = rows.data();
     }
-    pool.For(panels * ((m + kRowStrip - 1) / kRowStrip), [&](int64_t i) {
-      const int64_t panel = i % panels, row = i / panels * kRowStrip;
-      AmxPanelProduct(w, panel, narrow + row * w.k(), std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
+    // Tiles are configured once per group of panels; one group per thread and strip would leave threads waiting.
+    const int64_t groups = std::min<int64_t>(panels, pool.num_threads() == 1 ? 1 : 4 * pool.num_threads());
+    pool.For(groups * ((m + kRowStrip - 1) / kRowStrip), [&](int64_t i) {
+      const int64_t group = i % groups, row = i / groups * kRowStrip;
+      AmxProduct(w, panels * group / groups, panels * (group + 1) / groups, narrow + row * w.k(),
+                 std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
     });
     return;
   }
