@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// See attention_amx.h. Logits have keys on the left (16 stored rows are a tile as they lie) and queries, packed once per
+// See attention_amx.h. Logits have keys on the left (16 neighbours are a tile as they lie) and queries, packed once per
 // row, on the right. Values have probabilities on the left and pairs of keys on the right, interleaved as the tiles want
 // them 64 dims at a time, one block of 32 keys ahead of the products.
 #include "engine/ops/attention_amx.h"
@@ -27,7 +27,8 @@ struct alignas(64) Sums {
   float of[4][kTileRows][kTileN];
 };
 
-alignas(64) constexpr uint16_t kZeroRow[512] = {};
+alignas(64) constexpr uint16_t kZeros[kTileK] = {};
+static_assert(TileKeys::kDims == kTileK && TileKeys::kTileRows == kTileRows);
 
 // Upper halves of 32 F32 values.
 MILLRACE_AMX inline __m512i Narrow(const float* x) {
@@ -36,66 +37,77 @@ MILLRACE_AMX inline __m512i Narrow(const float* x) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
 }
 
-// 16 keys as a tile's rows: where they lie if they are neighbours, else copied to `copy`.
-MILLRACE_AMX const uint16_t* KeyRows(const uint16_t* const* keys, int n, int64_t dim, uint16_t* copy) {
-  bool neighbours = n == kTileRows;
-  for (int j = 1; j < n; ++j) neighbours &= keys[j] == keys[0] + j * dim;
+// 16 keys as the rows of tiles: where they lie if they are neighbours, else copied to `copy`. With fewer keys the last
+// rows are anything: a row's sums do not depend on the others, and theirs are not read.
+MILLRACE_AMX TileKey KeyRows(const TileKey* keys, int n, int64_t dim, uint16_t* copy) {
+  bool neighbours = true;
+  for (int j = 1; j < n; ++j) neighbours &= keys[j] == TileKey{keys[0].at + j * kTileK, keys[0].step};
   if (neighbours) return keys[0];
-  for (int j = 0; j < n; ++j) {
-    for (int64_t i = 0; i < dim; i += 32) {
-      _mm512_storeu_si512(copy + j * dim + i, _mm512_loadu_si512(keys[j] + i));
+  for (int64_t b = 0; b < dim / kTileK; ++b) {
+    for (int j = 0; j < n; ++j) {
+      _mm512_storeu_si512(copy + (b * kTileRows + j) * kTileK, _mm512_loadu_si512(keys[j].at + b * keys[j].step));
     }
   }
-  return copy;  // rows from n on hold anything: their sums are not read
+  return {copy, kTileRows * kTileK};
 }
 
-// sums of kGroups times 16 keys with up to 16 heads.
+// sums of kGroups times 16 keys with up to 16 heads: [2 * group], of the first half of the dims, and [2 * group + 1].
 template <int kGroups>
-MILLRACE_AMX void DotGroups(const uint32_t* queries, const uint16_t* const* rows, int64_t dim, Sums& sums) {
+MILLRACE_AMX void DotGroups(const uint32_t* queries, const TileKey* rows, int64_t dim, Sums& sums) {
+  const int64_t half = dim / kTileK / 2;
   CompilerBarrier();
   _tile_zero(0);
-  if constexpr (kGroups > 1) _tile_zero(1);
-  if constexpr (kGroups > 2) _tile_zero(2);
-  if constexpr (kGroups > 3) _tile_zero(3);
-  for (int64_t i = 0; i < dim; i += kTileK) {
-    _tile_loadd(6, queries + i / kTileK * kTileRows * kTileN, 64);
-    _tile_loadd(4, rows[0] + i, dim * 2);
+  _tile_zero(1);
+  if constexpr (kGroups > 1) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t b = 0; b < half; ++b) {
+    _tile_loadd(6, queries + b * kTileRows * kTileN, 64);
+    _tile_loadd(4, rows[0].at + b * rows[0].step, 64);
     _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, queries + (b + half) * kTileRows * kTileN, 64);
+    _tile_loadd(5, rows[0].at + (b + half) * rows[0].step, 64);
+    _tile_dpbf16ps(1, 5, 7);
     if constexpr (kGroups > 1) {
-      _tile_loadd(5, rows[1] + i, dim * 2);
-      _tile_dpbf16ps(1, 5, 6);
-    }
-    if constexpr (kGroups > 2) {
-      _tile_loadd(4, rows[2] + i, dim * 2);
+      _tile_loadd(4, rows[1].at + b * rows[1].step, 64);
       _tile_dpbf16ps(2, 4, 6);
-    }
-    if constexpr (kGroups > 3) {
-      _tile_loadd(5, rows[3] + i, dim * 2);
-      _tile_dpbf16ps(3, 5, 6);
+      _tile_loadd(5, rows[1].at + (b + half) * rows[1].step, 64);
+      _tile_dpbf16ps(3, 5, 7);
     }
   }
   _tile_stored(0, sums.of[0], 64);
-  if constexpr (kGroups > 1) _tile_stored(1, sums.of[1], 64);
-  if constexpr (kGroups > 2) _tile_stored(2, sums.of[2], 64);
-  if constexpr (kGroups > 3) _tile_stored(3, sums.of[3], 64);
+  _tile_stored(1, sums.of[1], 64);
+  if constexpr (kGroups > 1) {
+    _tile_stored(2, sums.of[2], 64);
+    _tile_stored(3, sums.of[3], 64);
+  }
   CompilerBarrier();
+  for (int g = 0; g < kGroups; ++g) {
+    for (int j = 0; j < kTileRows; ++j) {
+      float* sum = sums.of[2 * g][j];
+      _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), _mm512_load_ps(sums.of[2 * g + 1][j])));
+    }
+  }
 }
 
 // 32 keys, dims i .. i + 63, in pairs of keys. Tile 0 holds dims 0-3, 8-11, 16-19, 24-27 of these, tile 1 the other
 // ones up to 31; tiles 2 and 3 the same of the upper 32.
-MILLRACE_AMX inline void InterleaveKeys(const uint16_t* const* keys, int64_t i, Tile (&tiles)[4]) {
+MILLRACE_AMX inline void InterleaveKeys(const TileKey* keys, int64_t i, Tile (&tiles)[4]) {
+  const int64_t block = i / kTileK;
   for (int p = 0; p < kTileRows; ++p) {
-    const __m512i a0 = _mm512_loadu_si512(keys[2 * p] + i), b0 = _mm512_loadu_si512(keys[2 * p + 1] + i);
-    const __m512i a1 = _mm512_loadu_si512(keys[2 * p] + i + 32), b1 = _mm512_loadu_si512(keys[2 * p + 1] + i + 32);
-    _mm512_store_si512(tiles[0].words[p], _mm512_unpacklo_epi16(a0, b0));
-    _mm512_store_si512(tiles[1].words[p], _mm512_unpackhi_epi16(a0, b0));
-    _mm512_store_si512(tiles[2].words[p], _mm512_unpacklo_epi16(a1, b1));
-    _mm512_store_si512(tiles[3].words[p], _mm512_unpackhi_epi16(a1, b1));
+    const TileKey &a = keys[2 * p], &b = keys[2 * p + 1];
+    for (int64_t half = 0; half < 2; ++half) {
+      const __m512i even = _mm512_loadu_si512(a.at + (block + half) * a.step);
+      const __m512i odd = _mm512_loadu_si512(b.at + (block + half) * b.step);
+      _mm512_store_si512(tiles[2 * half].words[p], _mm512_unpacklo_epi16(even, odd));
+      _mm512_store_si512(tiles[2 * half + 1].words[p], _mm512_unpackhi_epi16(even, odd));
+    }
   }
 }
 
 // Dims i .. i + 63 of up to 16 heads, whose weights [heads, 32 * blocks] begin at `weights`.
-MILLRACE_AMX void SumDims(const uint16_t* weights, const uint16_t* const* keys, int blocks, int64_t i, Sums& sums) {
+MILLRACE_AMX void SumDims(const uint16_t* weights, const TileKey* keys, int blocks, int64_t i, Sums& sums) {
   Tile tiles[2][4];
   const int64_t stride = blocks * kTileK * 2;
   _tile_zero(0);
@@ -127,7 +139,7 @@ MILLRACE_AMX void SumDims(const uint16_t* weights, const uint16_t* const* keys, 
 }  // namespace
 
 MILLRACE_AMX void LoadKvEntryBf16(const uint8_t* body, const uint8_t* scales, int64_t plain, int64_t rope,
-                                  uint16_t* out) {
+                                  uint16_t* out, int64_t step) {
   // The code's subnormals, 0 to 7 times 2^-9.
   alignas(64) static constexpr uint16_t kSubnormals[32] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
   const __m512i subnormals = _mm512_load_si512(kSubnormals);
@@ -135,7 +147,9 @@ MILLRACE_AMX void LoadKvEntryBf16(const uint8_t* body, const uint8_t* scales, in
     const int exponent = scales[i / 64] - 127;
     if (exponent < -100 || exponent > 100) {  // beyond what an addition to the exponent field can do
       const float factor = DecodeE8m0(scales[i / 64]);
-      for (int64_t j = i; j < i + 64; ++j) out[j] = EncodeBf16(DecodeE4m3(body[j]) * factor);
+      for (int64_t j = i; j < i + 64; ++j) {
+        out[j / kTileK * step + j % kTileK] = EncodeBf16(DecodeE4m3(body[j]) * factor);
+      }
       continue;
     }
     const __m512i scale = _mm512_set1_epi16(static_cast<short>(exponent * 128));
@@ -149,10 +163,12 @@ MILLRACE_AMX void LoadKvEntryBf16(const uint8_t* body, const uint8_t* scales, in
       const __mmask32 subnormal = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78));
       const __m512i value = _mm512_mask_permutexvar_epi16(_mm512_add_epi16(_mm512_xor_si512(bits, sign), normal),
                                                           subnormal, code, small);
-      _mm512_storeu_si512(out + j, _mm512_or_si512(value, sign));
+      _mm512_storeu_si512(out + j / kTileK * step, _mm512_or_si512(value, sign));
     }
   }
-  for (int64_t i = 0; i < rope; i += 32) _mm512_storeu_si512(out + plain + i, _mm512_loadu_si512(body + plain + 2 * i));
+  for (int64_t i = 0; i < rope; i += 32) {
+    _mm512_storeu_si512(out + (plain + i) / kTileK * step, _mm512_loadu_si512(body + plain + 2 * i));
+  }
 }
 
 MILLRACE_AMX void QueryTiles::Pack(const float* q, int heads, int64_t dim) {
@@ -172,10 +188,9 @@ MILLRACE_AMX void QueryTiles::Pack(const float* q, int heads, int64_t dim) {
   }
 }
 
-MILLRACE_AMX void QueryTiles::DotKeys(const uint16_t* const* keys, int num_keys, float scale, float* logits,
-                                      int64_t ld) {
+MILLRACE_AMX void QueryTiles::DotKeys(const TileKey* keys, int num_keys, float scale, float* logits, int64_t ld) {
   static constexpr amx::TileConfig kConfig({16, 16, 16, 16, 16, 16, 16, 16});
-  constexpr int kGroups = 4;
+  constexpr int kGroups = 2;
   gathered_.resize(kGroups * kTileRows * dim_);
   Sums sums;
   const __m512i places = _mm512_mullo_epi32(
@@ -183,22 +198,23 @@ MILLRACE_AMX void QueryTiles::DotKeys(const uint16_t* const* keys, int num_keys,
   amx::ConfigureTiles(kConfig);
   for (int j = 0; j < num_keys; j += kGroups * kTileRows) {
     const int n = std::min(num_keys - j, kGroups * kTileRows), groups = (n + kTileRows - 1) / kTileRows;
-    const uint16_t* rows[kGroups];
+    TileKey rows[kGroups];
     for (int g = 0; g < groups; ++g) {
       rows[g] = KeyRows(keys + j + g * kTileRows, std::min(n - g * kTileRows, kTileRows), dim_,
                         gathered_.data() + g * kTileRows * dim_);
     }
     for (int h = 0; h < heads_; h += kTileN) {
       const uint32_t* queries = queries_.data() + h * dim_ / 2;
-      if (groups == 1) DotGroups<1>(queries, rows, dim_, sums);
-      if (groups == 2) DotGroups<2>(queries, rows, dim_, sums);
-      if (groups == 3) DotGroups<3>(queries, rows, dim_, sums);
-      if (groups == 4) DotGroups<4>(queries, rows, dim_, sums);
+      if (groups == 1) {
+        DotGroups<1>(queries, rows, dim_, sums);
+      } else {
+        DotGroups<2>(queries, rows, dim_, sums);
+      }
       for (int i = 0; i < std::min(kTileN, heads_ - h); ++i) {
         for (int g = 0; g < groups; ++g) {
           const int left = n - g * kTileRows;
           const __mmask16 part = static_cast<__mmask16>(left >= kTileRows ? 0xffff : (1 << left) - 1);
-          const __m512 sum = _mm512_i32gather_ps(places, &sums.of[g][0][i], 4);
+          const __m512 sum = _mm512_i32gather_ps(places, &sums.of[2 * g][0][i], 4);
           _mm512_mask_storeu_ps(logits + (h + i) * ld + j + g * kTileRows, part,
                                 _mm512_mul_ps(sum, _mm512_set1_ps(scale)));
         }
@@ -208,7 +224,7 @@ MILLRACE_AMX void QueryTiles::DotKeys(const uint16_t* const* keys, int num_keys,
   amx::ReleaseTiles();
 }
 
-MILLRACE_AMX void QueryTiles::SumValues(const float* p, int64_t ld, const uint16_t* const* keys, int num_keys,
+MILLRACE_AMX void QueryTiles::SumValues(const float* p, int64_t ld, const TileKey* keys, int num_keys,
                                         float* out) {
   const int blocks = (num_keys + kTileK - 1) / kTileK, width = blocks * kTileK;
   weights_.resize(heads_ * width);
@@ -224,7 +240,7 @@ MILLRACE_AMX void QueryTiles::SumValues(const float* p, int64_t ld, const uint16
   }
   // The last block is filled up with keys of weight zero.
   padded_.assign(keys, keys + num_keys);
-  padded_.resize(width, kZeroRow);
+  padded_.resize(width, TileKey{kZeros, 0});
 
   const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -253,14 +269,14 @@ MILLRACE_AMX void QueryTiles::SumValues(const float* p, int64_t ld, const uint16
 #else
 
 namespace millrace {
-void LoadKvEntryBf16(const uint8_t*, const uint8_t*, int64_t, int64_t, uint16_t*) {
+void LoadKvEntryBf16(const uint8_t*, const uint8_t*, int64_t, int64_t, uint16_t*, int64_t) {
   CHECK(false, "AMX on a processor without it");
 }
 void QueryTiles::Pack(const float*, int, int64_t) { CHECK(false, "AMX on a processor without it"); }
-void QueryTiles::DotKeys(const uint16_t* const*, int, float, float*, int64_t) {
+void QueryTiles::DotKeys(const TileKey*, int, float, float*, int64_t) {
   CHECK(false, "AMX on a processor without it");
 }
-void QueryTiles::SumValues(const float*, int64_t, const uint16_t* const*, int, float*) {
+void QueryTiles::SumValues(const float*, int64_t, const TileKey*, int, float*) {
   CHECK(false, "AMX on a processor without it");
 }
 }  // namespace millrace

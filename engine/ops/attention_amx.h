@@ -4,7 +4,7 @@
 // In `release` all of them are: queries and rotated dims are rounded to BF16, stored dims are E4M3 times a power of two,
 // probabilities are rounded before they meet a value. Products are therefore exact, and summed in FP32 in the order that
 // the tile instruction fixes (blocks of 32 dims for logits, of 32 keys for values, in ascending order; inside a block
-// the even and the odd ones apart). A head's sums do not depend on the other heads or on where the keys lie. Subnormal
+// the even and the odd ones apart; the two halves of the dims of a logit apart). A head's sums do not depend on the other heads or on where the keys lie. Subnormal
 // values count as zero. Used by sparse_attention_cpu.cc; without AMX the same steps are vec::DotHeads and
 // vec::AccumulateValues on F32, with other bits.
 //
@@ -15,11 +15,13 @@
 #include <vector>
 
 #include "engine/ops/amx.h"
+#include "engine/ops/attention_keys.h"
 
 namespace millrace {
 
-// A stored KV entry to BF16 bits: as vec::LoadKvEntry, whose values all are BF16 values.
-void LoadKvEntryBf16(const uint8_t* body, const uint8_t* scales, int64_t plain, int64_t rope, uint16_t* out);
+// A stored KV entry as a TileKey at `out`: as vec::LoadKvEntry, whose values all are BF16 values.
+void LoadKvEntryBf16(const uint8_t* body, const uint8_t* scales, int64_t plain, int64_t rope, uint16_t* out,
+                     int64_t step);
 
 // The queries of one row, laid out for tiles; kept between rows, so that a thread allocates once.
 class QueryTiles {
@@ -28,17 +30,17 @@ class QueryTiles {
   void Pack(const float* q, int heads, int64_t dim);
 
   // logits[h * ld + j] = scale * (q_h · keys[j]).
-  void DotKeys(const uint16_t* const* keys, int num_keys, float scale, float* logits, int64_t ld);
+  void DotKeys(const TileKey* keys, int num_keys, float scale, float* logits, int64_t ld);
 
   // out[h] = sum_j p[h * ld + j] * keys[j], out [heads, dim]; p holds BF16 values.
-  void SumValues(const float* p, int64_t ld, const uint16_t* const* keys, int num_keys, float* out);
+  void SumValues(const float* p, int64_t ld, const TileKey* keys, int num_keys, float* out);
 
  private:
   int heads_ = 0;
   int64_t dim_ = 0;
   std::vector<uint32_t> queries_;  // [heads / 16][dim / 32][16 pairs of dims][16 heads]
   std::vector<uint16_t> gathered_, weights_;
-  std::vector<const uint16_t*> padded_;
+  std::vector<TileKey> padded_;
 };
 
 }  // namespace millrace

@@ -42,7 +42,8 @@ void CpuOps::SimulateIndex(float* x) const {
   for (int i = 0; i < kIndexDim; ++i) x[i] = 0.5f * static_cast<float>(row.twice[i]) * row.scales[i / 32];
 }
 
-void CpuOps::StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) const {
+void CpuOps::StoreEntry(const float* entry, const Stored& place) const {
+  uint8_t *body = place.body, *scales = place.scales;
   if (layout_.numerics == Numerics::kExact) {
     std::memcpy(body, entry, layout_.entry.body_bytes);
     return;
@@ -59,16 +60,29 @@ void CpuOps::StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) cons
   scales[plain / 64] = 0;
 }
 
-void CpuOps::LoadEntry(const uint8_t* body, const uint8_t* scales, float* entry) const {
+void CpuOps::LoadEntry(const Stored& stored, RowKeys& keys, int64_t i) const {
   if (layout_.numerics == Numerics::kExact) {
-    std::memcpy(entry, body, layout_.entry.body_bytes);
+    std::memcpy(keys.at(i), stored.body, layout_.entry.body_bytes);
     return;
   }
-  vec::LoadKvEntry(body, scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim, entry);
+  vec::LoadKvEntry(stored.body, stored.scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim,
+                   keys.at(i));
 }
 
-void CpuOps::LoadEntry(const uint8_t* body, const uint8_t* scales, uint16_t* entry) const {
-  LoadKvEntryBf16(body, scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim, entry);
+void CpuOps::LoadEntry(const Stored& stored, TileKeys& keys, int64_t i) const {
+  LoadKvEntryBf16(stored.body, stored.scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim,
+                  keys.at(i), keys.step());
+}
+
+void CpuOps::PutKey(const float* key, RowKeys& keys, int64_t i) const {
+  std::copy_n(key, config_.head_dim, keys.at(i));
+}
+
+void CpuOps::PutKey(const float* key, TileKeys& keys, int64_t i) const {
+  for (int b = 0; b < config_.head_dim / TileKeys::kDims; ++b) {
+    const float* block = key + b * TileKeys::kDims;
+    NarrowRows({block, TileKeys::kDims}, 1, TileKeys::kDims, keys.at(i) + b * keys.step());
+  }
 }
 
 void CpuOps::StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const {
@@ -114,41 +128,31 @@ void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, con
     if (s.count > kRowsAlone) total += old + s.count;
   }
   if (tiles_) {
-    if (window.bf16.size() < total * dim) window.bf16 = Buffer<uint16_t>(total * dim);
-  } else if (window.keys.size() < total * dim) {
-    window.keys = Buffer<float>(total * dim);
+    window.tiles.Reserve(total, dim);
+  } else {
+    window.rows.Reserve(total, dim);
   }
   pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
     const SequenceRows& s = pass.sequences[i];
-    // `keys` has a row for every position from window.first_position[i], or is null.
-    const auto append = [&](auto* keys) {
-      for (int64_t p = window.first_position[i]; keys != nullptr && p < s.start; ++p, keys += dim) {
-        LoadWindow(s, slot_layer, p, keys);
+    const bool kept = s.count > kRowsAlone;
+    const auto append = [&](auto& keys) {
+      int64_t at = window.first[i];
+      for (int64_t p = window.first_position[i]; kept && p < s.start; ++p) {
+        LoadEntry(WindowPlace(s, slot_layer, p), keys, at++);
       }
       for (int64_t r = 0; r < s.count; ++r) {
         float key[512];
         NormRow(kv + (s.row + r) * dim, norm, dim, key);
         RotateRow(key, dim, rope.cos + (s.row + r) * 32, rope.sin + (s.row + r) * 32, 1);
         SimulateKv(key);
-        if (s.count - r <= layout_.window_slots) {
-          const Stored stored = WindowPlace(s, slot_layer, s.start + r);
-          StoreEntry(key, stored.body, stored.scales);
-        }
-        if (keys == nullptr) continue;
-        if constexpr (std::is_same_v<decltype(keys), float*>) {
-          std::copy_n(key, dim, keys);
-        } else {
-          NarrowRows({key, dim}, 1, dim, keys);
-        }
-        keys += dim;
+        if (s.count - r <= layout_.window_slots) StoreEntry(key, WindowPlace(s, slot_layer, s.start + r));
+        if (kept) PutKey(key, keys, at++);
       }
     };
-    const int64_t begin = window.first[i] * dim;
-    const bool kept = s.count > kRowsAlone;
     if (tiles_) {
-      append(kept ? window.bf16.data() + begin : nullptr);
+      append(window.tiles);
     } else {
-      append(kept ? window.keys.data() + begin : nullptr);
+      append(window.rows);
     }
   });
 }
@@ -215,8 +219,7 @@ void CpuOps::CompressCsa(int layer, const Pass& pass, const float* kv, const flo
       uint8_t* page = (*s.pages)[n / kCsaEntriesPerPage];
       FinishEntry(entry, dim, main, n * 4, f);
       SimulateKv(entry);
-      StoreEntry(entry, page + page_layout.bodies + in_page * layout_.entry.body_bytes,
-                 page + page_layout.scales + in_page * layout_.entry.scale_bytes);
+      StoreEntry(entry, EntryPlace(s, layer, n));
       FinishEntry(key, index_dim, index, n * 4, f);
       SimulateIndex(key);
       StoreIndexKey(key, page + page_layout.index_bodies + in_page * layout_.index_key.body_bytes,
@@ -228,7 +231,6 @@ void CpuOps::CompressCsa(int layer, const Pass& pass, const float* kv, const flo
 void CpuOps::CompressHca(int layer, const Pass& pass, const float* kv, const float* score, const CompressorWeights& w,
                          const RopeFrequencies& f) {
   const int64_t dim = config_.head_dim;
-  const PageLayerLayout& page_layout = layout_.page_layers[layer];
   pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
     const SequenceRows& s = pass.sequences[i];
     float* max = reinterpret_cast<float*>(s.slot + layout_.slot_layers[layer].hca_state);
@@ -248,8 +250,7 @@ void CpuOps::CompressHca(int layer, const Pass& pass, const float* kv, const flo
       const int64_t n = position / 128;
       FinishEntry(entry, dim, w, n * 128, f);
       SimulateKv(entry);
-      uint8_t* page = (*s.pages)[n];
-      StoreEntry(entry, page + page_layout.bodies, page + page_layout.scales);
+      StoreEntry(entry, EntryPlace(s, layer, n));
     }
   });
 }

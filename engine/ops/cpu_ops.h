@@ -61,20 +61,7 @@ class CpuOps : public Ops {
   void SimulateKv(float* entry) const;
   // Hadamard and FP4 simulation of one index query or key of 128 dims, in place.
   void SimulateIndex(float* x) const;
-  // One entry or index key to and from its stored form.
-  void StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) const;
-  void LoadEntry(const uint8_t* body, const uint8_t* scales, float* entry) const;
-  void LoadEntry(const uint8_t* body, const uint8_t* scales, uint16_t* entry) const;  // BF16 bits
-  void StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const;
-  void LoadIndexKey(const uint8_t* body, const uint8_t* scales, float* key) const;
-  template <typename Key>
-  void LoadCompressed(const SequenceRows& s, int layer, int64_t entry, Key* out) const {
-    const PageLayerLayout& l = layout_.page_layers[layer];
-    const uint8_t* page = (*s.pages)[entry / l.entries];
-    const int64_t i = entry % l.entries;
-    LoadEntry(page + l.bodies + i * layout_.entry.body_bytes, page + l.scales + i * layout_.entry.scale_bytes, out);
-  }
-  // The ring's place of a position's window entry, and that entry.
+  // Where an entry is stored: one of the window's ring, or a compressed one.
   struct Stored {
     uint8_t *body, *scales;
   };
@@ -84,19 +71,29 @@ class CpuOps : public Ops {
     return {s.slot + l.window_bodies + i * layout_.entry.body_bytes,
             s.slot + l.window_scales + i * layout_.entry.scale_bytes};
   }
-  template <typename Key>
-  void LoadWindow(const SequenceRows& s, int slot_layer, int64_t position, Key* out) const {
-    const Stored stored = WindowPlace(s, slot_layer, position);
-    LoadEntry(stored.body, stored.scales, out);
+  Stored EntryPlace(const SequenceRows& s, int layer, int64_t entry) const {
+    const PageLayerLayout& l = layout_.page_layers[layer];
+    uint8_t* page = (*s.pages)[entry / l.entries];
+    const int64_t i = entry % l.entries;
+    return {page + l.bodies + i * layout_.entry.body_bytes, page + l.scales + i * layout_.entry.scale_bytes};
   }
+  void StoreEntry(const float* entry, const Stored& place) const;
+  // Key i of an array from its stored form, or from its F32 values.
+  void LoadEntry(const Stored& stored, RowKeys& keys, int64_t i) const;
+  void LoadEntry(const Stored& stored, TileKeys& keys, int64_t i) const;
+  void PutKey(const float* key, RowKeys& keys, int64_t i) const;
+  void PutKey(const float* key, TileKeys& keys, int64_t i) const;
+  // One index key to and from its stored form.
+  void StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const;
+  void LoadIndexKey(const uint8_t* body, const uint8_t* scales, float* key) const;
   // Up to so many rows of a sequence load the window for themselves when they attend, from a ring that must still hold
   // all of it then: with a batch of sequences, keys widened ahead would leave the cache before they are read.
   static constexpr int64_t kRowsAlone = 2;
   static_assert(kRowsAlone <= kSpeculativeSlots);
-  // SparseAttention on window keys of one type.
-  template <typename Key>
+  // SparseAttention on keys of one form.
+  template <typename Keys>
   void Attend(int layer, const Pass& pass, const float* q, int heads, const float* sink, const WindowKeys& window,
-              const Key* window_keys, const Selection& selection, RopeRows rope, float* out);
+              const Keys& window_keys, const Selection& selection, RopeRows rope, float* out);
   void ScoreCodes(const SequenceRows& s, int layer, int64_t r0, int64_t rows, int64_t n_max, int heads, float* scores,
                   int64_t ld);
   void ScoreFloats(const SequenceRows& s, int layer, const float* q, int64_t r0, int64_t rows, int64_t n_max, int heads,

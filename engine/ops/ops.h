@@ -14,6 +14,7 @@
 
 #include "absl/types/span.h"
 #include "engine/cache/cache_layout.h"
+#include "engine/ops/attention_keys.h"
 #include "engine/ops/packed_linear.h"
 
 namespace millrace {
@@ -65,12 +66,12 @@ struct CompressorWeights {
 };
 
 // Keys of the window that the rows of a pass may see: per sequence the old entries still visible to its first row,
-// then its own rows; values of the stored entries, as F32 or, where attention wants them so, as BF16 bits. A backend may
-// leave out sequences of few rows and take their keys from the slot.
+// then its own rows; values of the stored entries, in the form that attention reads. Sequences of few rows are left out:
+// attention takes their keys from the slot.
 struct WindowKeys {
   int slot_layer = 0;          // whose window this is
-  Buffer<float> keys;          // [sum over sequences of (old + count), 512], or `bf16` in its place
-  Buffer<uint16_t> bf16;
+  RowKeys rows;                // [sum over sequences of (old + count)], or `tiles` in their place
+  TileKeys tiles;
   std::vector<int64_t> first;  // per sequence: index of the key of position `first_position`
   std::vector<int64_t> first_position;
 };

@@ -47,9 +47,10 @@ class QueryVectors {
 
 // Softmax of `heads` queries over keys that come in tiles. A segment keeps its logits until it is full, so that every
 // probability is rounded relative to the segment's own maximum, whatever tile that maximum is in.
-template <typename Key>
+template <typename Keys>
 class SegmentedAttention {
  public:
+  using Key = typename Keys::Key;
   // Begins a row; buffers are kept, so that a thread allocates for its first row only.
   void Start(const float* q, int heads, int64_t dim, bool round_p) {
     queries_.Pack(q, heads, dim);
@@ -69,7 +70,7 @@ class SegmentedAttention {
 
   // At most kTile keys, none masked; an empty tile counts towards the segment all the same. Keys must stay readable
   // until the segment is closed, i.e. for kTilesPerSegment tiles.
-  void Tile(const Key* const* keys, int n) {
+  void Tile(const Key* keys, int n) {
     if (tiles_++ == kTilesPerSegment) {
       CloseSegment();
       tiles_ = 1;
@@ -112,14 +113,14 @@ class SegmentedAttention {
     n_ = 0;
   }
 
-  std::conditional_t<std::is_same_v<Key, float>, QueryVectors, QueryTiles> queries_;
+  std::conditional_t<std::is_same_v<Keys, RowKeys>, QueryVectors, QueryTiles> queries_;
   int heads_ = 0;
   int64_t dim_ = 0;
   bool round_p_ = false, first_ = true;
   float scale_ = 1.0f;
   int n_ = 0, tiles_ = 0;
   std::vector<float> logits_;     // [heads, kSegment], probabilities once closed
-  std::vector<const Key*> keys_;  // [kSegment]
+  std::vector<Key> keys_;      // [kSegment]
   std::vector<float> max_, sum_, out_, segment_;
 };
 
@@ -128,44 +129,53 @@ class SegmentedAttention {
 void CpuOps::SparseAttention(int layer, const Pass& pass, const float* q, int heads, const float* sink,
                              const WindowKeys& window, const Selection& selection, RopeRows rope, float* out) {
   if (tiles_) {
-    Attend<uint16_t>(layer, pass, q, heads, sink, window, window.bf16.data(), selection, rope, out);
+    Attend(layer, pass, q, heads, sink, window, window.tiles, selection, rope, out);
   } else {
-    Attend<float>(layer, pass, q, heads, sink, window, window.keys.data(), selection, rope, out);
+    Attend(layer, pass, q, heads, sink, window, window.rows, selection, rope, out);
   }
 }
 
-template <typename Key>
+template <typename Keys>
 void CpuOps::Attend(int layer, const Pass& pass, const float* q, int heads, const float* sink, const WindowKeys& window,
-                    const Key* window_keys, const Selection& selection, RopeRows rope, float* out) {
+                    const Keys& window_keys, const Selection& selection, RopeRows rope, float* out) {
   const int64_t dim = config_.head_dim, slots = layout_.window;
   const LayerKind kind = layer < 0 ? LayerKind::kWindow : layout_.page_layers[layer].kind;
   const int ratio = kind == LayerKind::kCsa ? 4 : 128;
   const bool all = kind != LayerKind::kCsa || selection.all;
 
+  // A stored entry comes from far away, a few keys before it is widened.
+  constexpr int64_t kAhead = 4;
+  const auto prefetch = [&](const Stored& stored) {
+    for (int64_t line = 0; line < layout_.entry.body_bytes; line += 64) __builtin_prefetch(stored.body + line);
+    __builtin_prefetch(stored.scales);
+  };
   // One row. Without `shared_entries` its entries are widened for itself, and so is its window if the row is alone.
-  const auto attend = [&](size_t i, int64_t r, bool alone, const Key* shared_entries) {
+  const auto attend = [&](size_t i, int64_t r, bool alone, const Keys* shared_entries) {
     const SequenceRows& s = pass.sequences[i];
     const int64_t row = s.row + r, position = s.start + r;
-    static thread_local SegmentedAttention<Key> attention;
+    static thread_local SegmentedAttention<Keys> attention;
     attention.Start(q + row * heads * dim, heads, dim, rounding_.attention_p);
     // A ring of one segment, whose keys are read when it closes, and of the tile that is loaded before that.
     constexpr int64_t kRing = kSegment + kTile;
-    static thread_local std::vector<Key> own;
-    if (shared_entries == nullptr) own.resize(std::max<size_t>(own.size(), kRing * dim));
+    static thread_local Keys own;
+    if (shared_entries == nullptr) own.Reserve(kRing, dim);
     int64_t num_own = 0;
-    const auto next_own = [&] { return own.data() + num_own++ % kRing * dim; };
-    const Key* keys[kTile];
+    const auto load = [&](const Stored& stored) {
+      const int64_t at = num_own++ % kRing;
+      LoadEntry(stored, own, at);
+      return own[at];
+    };
+    typename Keys::Key keys[kTile];
     for (int64_t tile = 0; tile < slots; tile += kTile) {
       int n = 0;
       for (int64_t j = tile; j < std::min<int64_t>(tile + kTile, slots); ++j) {
         const int64_t p = position - (slots - 1) + j;
         if (p < 0) continue;
         if (alone) {
-          Key* at = next_own();
-          LoadWindow(s, window.slot_layer, p, at);
-          keys[n++] = at;
+          prefetch(WindowPlace(s, window.slot_layer, p + kAhead));
+          keys[n++] = load(WindowPlace(s, window.slot_layer, p));
         } else {
-          keys[n++] = window_keys + (window.first[i] + p - window.first_position[i]) * dim;
+          keys[n++] = window_keys[window.first[i] + p - window.first_position[i]];
         }
       }
       attention.Tile(keys, n);
@@ -173,16 +183,17 @@ void CpuOps::Attend(int layer, const Pass& pass, const float* q, int heads, cons
     const int64_t count = kind == LayerKind::kWindow ? 0
                           : all                      ? (position + 1) / ratio
                                                      : selection.offset[row + 1] - selection.offset[row];
+    const auto entry_at = [&](int64_t e) { return all ? e : selection.entries[selection.offset[row] + e]; };
     for (int64_t e0 = 0; e0 < count; e0 += kTile) {
       const int n = static_cast<int>(std::min<int64_t>(kTile, count - e0));
       for (int j = 0; j < n; ++j) {
-        const int64_t entry = all ? e0 + j : selection.entries[selection.offset[row] + e0 + j];
+        const int64_t entry = entry_at(e0 + j);
         if (shared_entries != nullptr) {
-          keys[j] = shared_entries + entry * dim;
+          keys[j] = (*shared_entries)[entry];
         } else {
-          Key* at = next_own();
-          LoadCompressed(s, layer, entry, at);
-          keys[j] = at;
+          const int64_t ahead = e0 + j + kAhead;
+          if (ahead < count) prefetch(EntryPlace(s, layer, entry_at(ahead)));
+          keys[j] = load(EntryPlace(s, layer, entry));
         }
       }
       attention.Tile(keys, n);
@@ -203,13 +214,13 @@ void CpuOps::Attend(int layer, const Pass& pass, const float* q, int heads, cons
     // same either way.
     const int64_t visible = kind == LayerKind::kWindow ? 0 : (s.start + s.count) / ratio;
     constexpr int64_t kSharedEntries = 32 << 10;
-    static thread_local std::vector<Key> widened;
-    const Key* shared_entries = nullptr;
+    static thread_local Keys widened;
+    const Keys* shared_entries = nullptr;
     if (visible <= kSharedEntries) {
-      widened.resize(std::max<size_t>(widened.size(), std::max<int64_t>(visible, 1) * dim));
-      Key* base = widened.data();
-      pool_.For(visible, [&](int64_t e) { LoadCompressed(s, layer, e, base + e * dim); });
-      shared_entries = base;
+      widened.Reserve(std::max<int64_t>(visible, 1), dim);
+      Keys& entries = widened;
+      pool_.For(visible, [&](int64_t e) { LoadEntry(EntryPlace(s, layer, e), entries, e); });
+      shared_entries = &entries;
     }
     pool_.For(s.count, [&](int64_t r) { attend(i, r, false, shared_entries); });
   }
