@@ -93,13 +93,18 @@ void HadamardV(const float* x, float* y) {
   const D d;
   std::copy_n(x, kIndexDim, y);
   int half = 1;
-  for (; half < kLanes; half *= 2) {  // inside vectors: few, left to the compiler
-    for (int i = 0; i < kIndexDim; i += 2 * half) {
-      for (int j = i; j < i + half; ++j) {
-        const float a = y[j], b = y[j + half];
-        y[j] = a + b;
-        y[j + half] = a - b;
-      }
+  for (; half < kLanes; half *= 2) {  // inside vectors: lanes that have the bit of `half` take the difference
+    HWY_ALIGN int32_t partners[kLanes];
+    HWY_ALIGN float signs[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      partners[lane] = lane ^ half;
+      signs[lane] = (lane & half) != 0 ? -0.0f : 0.0f;
+    }
+    const auto partner = hn::SetTableIndices(d, partners);
+    const V sign = hn::Load(d, signs);
+    for (int i = 0; i < kIndexDim; i += kLanes) {
+      const V v = hn::LoadU(d, y + i);
+      hn::StoreU(hn::Add(hn::TableLookupLanes(v, partner), hn::Xor(v, sign)), d, y + i);
     }
   }
   for (; half < kIndexDim; half *= 2) {
