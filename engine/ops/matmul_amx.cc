@@ -6,7 +6,9 @@
 #include "engine/ops/matmul_amx.h"
 
 #include <bit>
+#include <cmath>
 
+#include "engine/ops/rounding.h"
 #include "engine/status.h"
 
 #ifdef MILLRACE_HAVE_AMX
@@ -337,7 +339,7 @@ MILLRACE_AMX inline __m512 Widen(const uint8_t* panel, int width, int64_t k, int
 template <WeightKind kKind>
 MILLRACE_AMX void OneRow(const PackedLinear& w, int64_t panel, const uint16_t* x, float* lanes) {
   const unsigned saved = _mm_getcsr();
-  if constexpr (kKind == WeightKind::kBf16) _mm_setcsr(saved | 0x8040);  // flush results, take operands as zero
+  _mm_setcsr(saved | 0x8040);  // flush results, take operands as zero
   const float* scales = w.panel_scales(panel);
   const int width = w.panel_width(panel);
   const int64_t step_bytes = RowBytes(w, width) * kTileK;
@@ -472,24 +474,39 @@ MILLRACE_AMX void AmxProduct(const PackedLinear& w, int64_t begin, int64_t end, 
 }
 
 MILLRACE_AMX void NarrowRows(const ActivationRows& x, int64_t m, int64_t k, uint16_t* out) {
-  const __m512i infinity = _mm512_set1_epi32(0x7f800000), magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i lost = _mm512_setzero_si512();
+  const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  __m512i bits = _mm512_setzero_si512();
   for (int64_t r = 0; r < m; ++r) {
-    for (int64_t i = 0; i < k; i += 16) {
-      const __mmask16 part = static_cast<__mmask16>(k - i >= 16 ? 0xffff : (1 << (k - i)) - 1);
-      __m512 value = _mm512_maskz_loadu_ps(part, x.values + r * x.ld + i);
-      if (x.scales != nullptr) value = _mm512_mul_ps(value, _mm512_set1_ps(x.scales[r * x.scales_ld + i / 128]));
-      const __m512i bits = _mm512_castps_si512(value);
-      // A NaN's payload may be lost, not that it is one.
-      const __mmask16 nan = _mm512_cmpgt_epi32_mask(_mm512_and_si512(bits, magnitude), infinity);
-      lost = _mm512_mask_or_epi32(lost, static_cast<__mmask16>(~nan), lost, bits);
-      __m512i high = _mm512_srli_epi32(bits, 16);
-      high = _mm512_mask_or_epi32(high, nan, high, _mm512_set1_epi32(0x40));
-      high = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(bits, infinity), high);  // subnormal: zero, as in a tile
-      _mm256_mask_storeu_epi16(out + r * k + i, part, _mm512_cvtepi32_epi16(high));
+    int64_t i = 0;
+    for (; i + 32 <= k; i += 32) {
+      __m512 a = _mm512_loadu_ps(x.values + r * x.ld + i), b = _mm512_loadu_ps(x.values + r * x.ld + i + 16);
+      if (x.scales != nullptr) {
+        const __m512 scale = _mm512_set1_ps(x.scales[r * x.scales_ld + i / 128]);
+        a = _mm512_mul_ps(a, scale);
+        b = _mm512_mul_ps(b, scale);
+      }
+      bits = _mm512_or_si512(bits, _mm512_or_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+      const __m512i high = _mm512_packus_epi32(_mm512_srli_epi32(_mm512_castps_si512(a), 16),
+                                               _mm512_srli_epi32(_mm512_castps_si512(b), 16));
+      _mm512_storeu_si512(out + r * k + i, _mm512_permutexvar_epi64(in_order, high));
+    }
+    for (; i < k; ++i) {
+      const float scale = x.scales == nullptr ? 1.0f : x.scales[r * x.scales_ld + i / 128];
+      const uint32_t value = std::bit_cast<uint32_t>(x.values[r * x.ld + i] * scale);
+      bits = _mm512_or_si512(bits, _mm512_set1_epi32(static_cast<int>(value)));
+      out[r * k + i] = static_cast<uint16_t>(value >> 16);
     }
   }
-  CHECK((_mm512_reduce_or_epi32(lost) & 0xffff) == 0, "inputs of a BF16 product are BF16 values");
+  if ((_mm512_reduce_or_epi32(bits) & 0xffff) == 0) return;
+  // Something was lost. A NaN's payload may be, not that it is one.
+  for (int64_t r = 0; r < m; ++r) {
+    for (int64_t i = 0; i < k; ++i) {
+      const float scale = x.scales == nullptr ? 1.0f : x.scales[r * x.scales_ld + i / 128];
+      const float value = x.values[r * x.ld + i] * scale;
+      CHECK(std::isnan(value) || (std::bit_cast<uint32_t>(value) & 0xffff) == 0, "inputs of a BF16 product are BF16 values");
+      out[r * k + i] = EncodeBf16(value);
+    }
+  }
 }
 
 }  // namespace millrace

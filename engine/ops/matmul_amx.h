@@ -19,7 +19,7 @@ namespace millrace {
 
 inline bool AmxTakes(const PackedLinear& w) { return w.kind() != WeightKind::kF32 && w.k() % 32 == 0; }
 
-// Rows, times their scales, to BF16 bits [m, k], subnormals to zero. CHECKs that nothing else is lost. AmxAvailable() must hold.
+// Rows, times their scales, to BF16 bits [m, k]. CHECKs that nothing is lost but payloads of NaNs. AmxAvailable() must hold.
 void NarrowRows(const ActivationRows& x, int64_t m, int64_t k, uint16_t* out);
 
 // All m rows of BF16 bits x [m, k] times panels `begin` to `end`. AmxAvailable() and AmxTakes(w) must hold.

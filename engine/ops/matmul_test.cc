@@ -140,17 +140,19 @@ INSTANTIATE_TEST_SUITE_P(Kinds, MatMulOf,
                                             ::testing::Bool()),
                          NameOf);
 
-TEST(NarrowRows, KeepsNormalBf16ValuesAndNans) {
+TEST(NarrowRows, KeepsBf16ValuesAndNans) {
   if (!AmxAvailable()) GTEST_SKIP() << "this processor has no AMX";
-  const std::vector<float> x = {1.0f, -0.0f, std::bit_cast<float>(0x7f800001u), INFINITY, 0x1p-130f, 0x1p-126f};
+  std::vector<float> x = {1.0f, -0.0f, std::bit_cast<float>(0x7f800001u), INFINITY, 0x1p-130f, 0x1p-126f};
+  for (int i = 6; i < 40; ++i) x.push_back(static_cast<float>(i));  // a whole vector and a part of one
   std::vector<uint16_t> out(x.size());
-  NarrowRows({x.data(), 6}, 1, 6, out.data());
+  NarrowRows({x.data(), 40}, 1, 40, out.data());
   EXPECT_EQ(out[0], 0x3f80);
   EXPECT_EQ(DecodeBf16(out[1]), 0.0f);
   EXPECT_TRUE(std::isnan(DecodeBf16(out[2])));
   EXPECT_EQ(out[3], 0x7f80);
-  EXPECT_EQ(DecodeBf16(out[4]), 0.0f);
+  EXPECT_EQ(DecodeBf16(out[4]), 0x1p-130f);
   EXPECT_EQ(DecodeBf16(out[5]), 0x1p-126f);
+  for (int i = 6; i < 40; ++i) EXPECT_EQ(DecodeBf16(out[i]), static_cast<float>(i));
   const std::vector<float> lossy = {1.0000001f};
   EXPECT_DEATH(NarrowRows({lossy.data(), 1}, 1, 1, out.data()), "BF16 values");
 }
