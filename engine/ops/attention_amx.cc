@@ -138,36 +138,30 @@ MILLRACE_AMX void SumDims(const uint16_t* weights, const TileKey* keys, int bloc
 
 }  // namespace
 
+// BF16's exponent is E4M3's plus 120, so both bytes are bits of the code, moved (matmul_amx.cc does the same), and the
+// scale is an addition to it. That leaves codes of exponent 0 (zeros, subnormals), few in a group that was scaled to the
+// format, and scales that the addition cannot do.
 MILLRACE_AMX void LoadKvEntryBf16(const uint8_t* body, const uint8_t* scales, int64_t plain, int64_t rope,
                                   uint16_t* out, int64_t step) {
-  // The code's subnormals, 0 to 7 times 2^-9.
-  alignas(64) static constexpr uint16_t kSubnormals[32] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
-  const __m512i subnormals = _mm512_load_si512(kSubnormals);
-  for (int64_t i = 0; i < plain; i += 64) {
+  const __m512i in_order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m512i high_bits = _mm512_set1_epi64(0x1020404040404080), low_bits = _mm512_set1_epi64(0x01020408);
+  for (int64_t i = 0; i < plain; i += 64, out += 2 * step) {
+    const __m512i codes = _mm512_loadu_si512(body + i);
     const int exponent = scales[i / 64] - 127;
-    if (exponent < -100 || exponent > 100) {  // beyond what an addition to the exponent field can do
+    if (_mm512_testn_epi8_mask(codes, _mm512_set1_epi8(0x78)) != 0 || exponent < -100 || exponent > 100) [[unlikely]] {
       const float factor = DecodeE8m0(scales[i / 64]);
-      for (int64_t j = i; j < i + 64; ++j) {
-        out[j / kTileK * step + j % kTileK] = EncodeBf16(DecodeE4m3(body[j]) * factor);
-      }
+      for (int j = 0; j < 64; ++j) out[j / kTileK * step + j % kTileK] = EncodeBf16(DecodeE4m3(body[i + j]) * factor);
       continue;
     }
     const __m512i scale = _mm512_set1_epi16(static_cast<short>(exponent * 128));
-    const __m512i small = _mm512_mask_add_epi16(subnormals, 0xfe, subnormals, scale);
-    const __m512i normal = _mm512_set1_epi16(static_cast<short>((exponent + 120) * 128));
-    for (int64_t j = i; j < i + 64; j += 32) {
-      const __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(body + j)));
-      // The code's exponent and mantissa where BF16 has the lower ends of its own.
-      const __m512i bits = _mm512_and_si512(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(static_cast<short>(0x87f0)));
-      const __m512i sign = _mm512_and_si512(bits, _mm512_set1_epi16(static_cast<short>(0x8000)));
-      const __mmask32 subnormal = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78));
-      const __m512i value = _mm512_mask_permutexvar_epi16(_mm512_add_epi16(_mm512_xor_si512(bits, sign), normal),
-                                                          subnormal, code, small);
-      _mm512_storeu_si512(out + j / kTileK * step, _mm512_or_si512(value, sign));
-    }
+    const __m512i halves = _mm512_permutexvar_epi64(in_order, codes);
+    const __m512i low = _mm512_gf2p8affine_epi64_epi8(halves, low_bits, 0);
+    const __m512i high = _mm512_gf2p8affine_epi64_epi8(halves, high_bits, 0x3c);
+    _mm512_storeu_si512(out, _mm512_add_epi16(_mm512_unpacklo_epi8(low, high), scale));
+    _mm512_storeu_si512(out + step, _mm512_add_epi16(_mm512_unpackhi_epi8(low, high), scale));
   }
-  for (int64_t i = 0; i < rope; i += 32) {
-    _mm512_storeu_si512(out + (plain + i) / kTileK * step, _mm512_loadu_si512(body + plain + 2 * i));
+  for (int64_t i = 0; i < rope; i += 32, out += step) {
+    _mm512_storeu_si512(out, _mm512_loadu_si512(body + plain + 2 * i));
   }
 }
 

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Keys widened for attention on the CPU, in the two forms that its products read: rows of F32 for vectors, and BF16 bits
-// in blocks for AMX tiles (attention_amx.h). Both are arrays of keys that grow to the largest size asked for.
+// in blocks for AMX tiles (attention_amx.h). Both are arrays of keys that grow by doubling and forget what they held
+// then. They are Buffers, for huge pages: the blocks of one key lie in as many small ones.
 //
 // Thread: Reserve alone; different keys may be written by different threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <vector>
+
+#include "engine/device/buffer.h"
 
 namespace millrace {
 
@@ -15,13 +18,13 @@ class RowKeys {
   using Key = const float*;  // [dim]
   void Reserve(int64_t count, int64_t dim) {
     dim_ = dim;
-    if (static_cast<int64_t>(values_.size()) < count * dim) values_.resize(count * dim);
+    if (values_.size() < count * dim) values_ = Buffer<float>(std::max(count * dim, 2 * values_.size()));
   }
   Key operator[](int64_t i) const { return values_.data() + i * dim_; }
   float* at(int64_t i) { return values_.data() + i * dim_; }
 
  private:
-  std::vector<float> values_;
+  Buffer<float> values_;
   int64_t dim_ = 0;
 };
 
@@ -39,17 +42,17 @@ class TileKeys {
   using Key = TileKey;
   static constexpr int kDims = 32, kTileRows = 16;
   void Reserve(int64_t count, int64_t dim) {
-    if (count * kDims > step_) step_ = (count | 1) * kDims;  // odd: a key's blocks are not all in one cache set
+    if (count * kDims > step_) step_ = (std::max(count, 2 * step_ / kDims) | 1) * kDims;  // odd, see below
     const int64_t size = step_ * (dim / kDims) + kTileRows * kDims;
-    if (static_cast<int64_t>(bits_.size()) < size) bits_.resize(size);
+    if (bits_.size() < size) bits_ = Buffer<uint16_t>(size);
   }
   Key operator[](int64_t i) const { return {bits_.data() + i * kDims, step_}; }
   uint16_t* at(int64_t i) { return bits_.data() + i * kDims; }
   int64_t step() const { return step_; }
 
  private:
-  std::vector<uint16_t> bits_;
-  int64_t step_ = 0;
+  Buffer<uint16_t> bits_;
+  int64_t step_ = 0;  // an odd multiple of 64 bytes: a key's blocks are not all in one cache set
 };
 
 }  // namespace millrace

@@ -403,7 +403,7 @@ std::string TargetName() {
 }
 
 // Raised whenever a change of the CPU kernels changes bits.
-constexpr int kCpuKernelRevision = 2;
+constexpr int kCpuKernelRevision = 3;
 
 std::string KernelSet() {
   return absl::StrCat("cpu/", TargetName(), AmxAvailable() ? "+amx" : "", "/", kCpuKernelRevision);

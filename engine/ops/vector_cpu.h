@@ -10,7 +10,7 @@ namespace millrace::vec {
 
 // Name of the instruction set in use, e.g. "avx2".
 std::string TargetName();
-// "cpu/avx2/2", "cpu/avx3_dl+amx/2": target and revision of the CPU kernels, the part of a compatibility hash that says
+// "cpu/avx2/3", "cpu/avx3_dl+amx/3": target and revision of the CPU kernels, the part of a compatibility hash that says
 // which bits come out.
 std::string KernelSet();
 
