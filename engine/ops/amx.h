@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sources that use Intel's AMX tiles share: asking for them, configuring them, releasing them. The products are
-// matmul_amx.h (linears), attention_amx.h (attention) and index_score_cpu.h (indexer); the order in which a tile instruction sums is described there.
+// What the sources that use Intel's AMX tiles share: asking for them, configuring them, releasing them. The products
+// are matmul_amx.h (linears), attention_amx.h (attention) and index_score_cpu.h (indexer); the order in which a tile
+// instruction sums is described there.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ bool AmxAvailable();
 
 // Only functions marked so may contain AVX-512: options for a whole file would leak into inline functions of headers
 // that the linker shares with the rest of the program.
-#define MILLRACE_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni,avx2,fma,amx-tile,amx-bf16,amx-int8")))
+#define MILLRACE_AMX \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,gfni,avx2,fma,amx-tile,amx-bf16,amx-int8")))
 
 namespace millrace::amx {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // See attention_amx.h. Logits have keys on the left (16 neighbours are a tile as they lie) and queries, packed once per
-// row, on the right. Values have probabilities on the left and pairs of keys on the right, interleaved as the tiles want
-// them 64 dims at a time, one block of 32 keys ahead of the products.
+// row, on the right. Values have probabilities on the left and pairs of keys on the right, interleaved as the tiles
+// want them 64 dims at a time, one block of 32 keys ahead of the products.
 #include "engine/ops/attention_amx.h"
 
 #include "engine/status.h"
@@ -16,10 +16,10 @@ namespace millrace {
 namespace {
 
 using amx::CompilerBarrier;
-using amx::Tile;
 using amx::kTileK;
 using amx::kTileN;
 using amx::kTileRows;
+using amx::Tile;
 
 constexpr int kDimStep = 64;  // dims interleaved together: four tiles
 
@@ -139,8 +139,8 @@ MILLRACE_AMX void SumDims(const uint16_t* weights, const TileKey* keys, int bloc
 }  // namespace
 
 // BF16's exponent is E4M3's plus 120, so both bytes are bits of the code, moved (matmul_amx.cc does the same), and the
-// scale is an addition to it. That leaves codes of exponent 0 (zeros, subnormals), few in a group that was scaled to the
-// format, and scales that the addition cannot do.
+// scale is an addition to it. That leaves codes of exponent 0 (zeros, subnormals), few in a group that was scaled to
+// the format, and scales that the addition cannot do.
 MILLRACE_AMX void LoadKvEntryBf16(const uint8_t* body, const uint8_t* scales, int64_t plain, int64_t rope,
                                   uint16_t* out, int64_t step) {
   const __m512i in_order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
@@ -172,8 +172,8 @@ MILLRACE_AMX void QueryTiles::Pack(const float* q, int heads, int64_t dim) {
   if (heads != heads_ || dim != dim_) queries_.assign(groups * blocks * kTileRows * kTileN, 0);
   heads_ = heads;
   dim_ = dim;
-  const __m512i places = _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kTileN));
+  const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                            _mm512_set1_epi32(kTileN));
   for (int h = 0; h < heads; ++h) {
     uint32_t* group = queries_.data() + h / kTileN * blocks * kTileRows * kTileN + h % kTileN;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -187,8 +187,8 @@ MILLRACE_AMX void QueryTiles::DotKeys(const TileKey* keys, int num_keys, float s
   constexpr int kGroups = 2;
   gathered_.resize(kGroups * kTileRows * dim_);
   Sums sums;
-  const __m512i places = _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kTileN));
+  const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                            _mm512_set1_epi32(kTileN));
   amx::ConfigureTiles(kConfig);
   for (int j = 0; j < num_keys; j += kGroups * kTileRows) {
     const int n = std::min(num_keys - j, kGroups * kTileRows), groups = (n + kTileRows - 1) / kTileRows;
@@ -218,8 +218,7 @@ MILLRACE_AMX void QueryTiles::DotKeys(const TileKey* keys, int num_keys, float s
   amx::ReleaseTiles();
 }
 
-MILLRACE_AMX void QueryTiles::SumValues(const float* p, int64_t ld, const TileKey* keys, int num_keys,
-                                        float* out) {
+MILLRACE_AMX void QueryTiles::SumValues(const float* p, int64_t ld, const TileKey* keys, int num_keys, float* out) {
   const int blocks = (num_keys + kTileK - 1) / kTileK, width = blocks * kTileK;
   weights_.resize(heads_ * width);
   for (int h = 0; h < heads_; ++h) {
@@ -267,9 +266,7 @@ void LoadKvEntryBf16(const uint8_t*, const uint8_t*, int64_t, int64_t, uint16_t*
   CHECK(false, "AMX on a processor without it");
 }
 void QueryTiles::Pack(const float*, int, int64_t) { CHECK(false, "AMX on a processor without it"); }
-void QueryTiles::DotKeys(const TileKey*, int, float, float*, int64_t) {
-  CHECK(false, "AMX on a processor without it");
-}
+void QueryTiles::DotKeys(const TileKey*, int, float, float*, int64_t) { CHECK(false, "AMX on a processor without it"); }
 void QueryTiles::SumValues(const float*, int64_t, const TileKey*, int, float*) {
   CHECK(false, "AMX on a processor without it");
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The products of attention on Intel's AMX tiles, for queries, keys and probabilities that are BF16 values.
 //
-// In `release` all of them are: queries and rotated dims are rounded to BF16, stored dims are E4M3 times a power of two,
-// probabilities are rounded before they meet a value. Products are therefore exact, and summed in FP32 in the order that
-// the tile instruction fixes (blocks of 32 dims for logits, of 32 keys for values, in ascending order; inside a block
-// the even and the odd ones apart; the two halves of the dims of a logit apart). A head's sums do not depend on the other heads or on where the keys lie. Subnormal
-// values count as zero. Used by sparse_attention_cpu.cc; without AMX the same steps are vec::DotHeads and
-// vec::AccumulateValues on F32, with other bits.
+// In `release` all of them are: queries and rotated dims are rounded to BF16, stored dims are E4M3 times a power of
+// two, probabilities are rounded before they meet a value. Products are therefore exact, and summed in FP32 in the
+// order that the tile instruction fixes (blocks of 32 dims for logits, of 32 keys for values, in ascending order;
+// inside a block the even and the odd ones apart; the two halves of the dims of a logit apart). A head's sums do not
+// depend on the other heads or on where the keys lie. Subnormal values count as zero. Used by sparse_attention_cpu.cc;
+// without AMX the same steps are vec::DotHeads and vec::AccumulateValues on F32, with other bits.
 //
 // Thread: any; tiles are configured and released inside each call. AmxAvailable() must hold. dim is a multiple of 64.
 #pragma once

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keys widened for attention on the CPU, in the two forms that its products read: rows of F32 for vectors, and BF16 bits
-// in blocks for AMX tiles (attention_amx.h). Both are arrays of keys that grow by doubling and forget what they held
-// then. They are Buffers, for huge pages: the blocks of one key lie in as many small ones.
+// Keys widened for attention on the CPU, in the two forms that its products read: rows of F32 for vectors, and BF16
+// bits in blocks for AMX tiles (attention_amx.h). Both are arrays of keys that grow by doubling and forget what they
+// held then. They are Buffers, for huge pages: the blocks of one key lie in as many small ones.
 //
 // Thread: Reserve alone; different keys may be written by different threads.
 #pragma once

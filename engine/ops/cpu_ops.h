@@ -106,9 +106,9 @@ class CpuOps : public Ops {
   ThreadPool& pool_;
   // Whether linears and attention run on AMX tiles: everything they multiply is a BF16 value.
   const bool tiles_ = rounding_ == Rounding::All() && AmxAvailable();
-  std::vector<float> codes_, scales_;  // quantised activations of Linear
+  std::vector<float> codes_, scales_;                  // quantised activations of Linear
   std::vector<uint16_t> plain_bits_, quantised_bits_;  // its inputs as tiles want them
-  std::vector<float> mixes_;           // [T, (2 + hc) hc] of the mHC product
+  std::vector<float> mixes_;                           // [T, (2 + hc) hc] of the mHC product
   std::vector<float> gate_logits_;
   // Indexer: queries as codes, weights, and the keys of one block.
   std::vector<IndexRow> index_queries_;

@@ -21,9 +21,8 @@ struct alignas(64) GroupSums {
 MILLRACE_AMX inline __m512 RoundToBf16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_and_si512(_mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff))),
-                       _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  const __m512i rounded = _mm512_and_si512(_mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff))),
+                                           _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
   // NaN must stay NaN: adding could carry its mantissa away.
   return _mm512_mask_mov_ps(_mm512_castsi512_ps(rounded), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
 }
@@ -77,8 +76,7 @@ MILLRACE_AMX void ScoreIndexTilesAmx(const IndexRow* query, const float* weights
         __m512 dot = _mm512_setzero_ps();
         for (int g = 0; g < kIndexGroups; ++g) {
           // Codes are 12 more than what they mean, and both sides were doubled.
-          const __m512i sum =
-              _mm512_sub_epi32(_mm512_load_si512(sums.of[g][h]), _mm512_set1_epi32(12 * q[h].sums[g]));
+          const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums.of[g][h]), _mm512_set1_epi32(12 * q[h].sums[g]));
           const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(q[h].scales[g] * 0.25f), key_scales[g]);
           dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, dot);
         }

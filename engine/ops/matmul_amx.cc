@@ -24,11 +24,11 @@ namespace millrace {
 namespace {
 
 using amx::CompilerBarrier;
-using amx::ReleaseTiles;
-using amx::Tile;
 using amx::kTileK;
 using amx::kTileN;
 using amx::kTileRows;
+using amx::ReleaseTiles;
+using amx::Tile;
 
 constexpr int kTiles = PackedLinear::kPanel / kTileN;
 // Inputs widened at a time: what stays in the second-level cache beside the rows.
@@ -57,12 +57,11 @@ int64_t RowBytes(const PackedLinear& w, int width) {
 bool IsModest(float scale) { return scale >= 0x1p-100f && scale <= 0x1p100f; }
 
 // What one is to add to a BF16 value's bits to multiply it by a power of two.
-int ExponentBits(float scale) {
-  return (static_cast<int>(std::bit_cast<uint32_t>(scale) >> 23) - 127) * 128;
-}
+int ExponentBits(float scale) { return (static_cast<int>(std::bit_cast<uint32_t>(scale) >> 23) - 127) * 128; }
 
-// E4M3 codes as half floats 2^8 too small: exponents and mantissas fit, subnormals become subnormals, which the widening
-// from half floats takes in its stride (a multiplication of F32 subnormals takes a hundred cycles). n: multiple of 16.
+// E4M3 codes as half floats 2^8 too small: exponents and mantissas fit, subnormals become subnormals, which the
+// widening from half floats takes in its stride (a multiplication of F32 subnormals takes a hundred cycles). n:
+// multiple of 16.
 MILLRACE_AMX inline void HalveFp8(const uint8_t* codes, int64_t n, uint16_t* half) {
   for (int64_t i = 0; i < n; i += 16) {
     const __m256i code = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
@@ -90,7 +89,8 @@ MILLRACE_AMX inline __m512i Pair(__m512 even, __m512 odd) {
                          _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// Weights of inputs k and k + 1, outputs `lane` and up, times their scales, as pairs: any codes, scales and panel width.
+// Weights of inputs k and k + 1, outputs `lane` and up, times their scales, as pairs: any codes, scales and panel
+// width.
 MILLRACE_AMX inline __m512i AnyPairs(WeightKind kind, const uint8_t* panel, const float* scales, int width, int64_t k,
                                      int lane) {
   if (kind == WeightKind::kFp8) {
@@ -154,8 +154,8 @@ MILLRACE_AMX void FillFp8Step(const uint8_t* panel, const float* scales, int64_t
     const __m512i even = _mm512_loadu_si512(at), odd = _mm512_loadu_si512(at + PackedLinear::kPanel);
     if ((_mm512_testn_epi8_mask(even, exponents) | _mm512_testn_epi8_mask(odd, exponents)) != 0) [[unlikely]] {
       for (int t = 0; t < kTiles; ++t) {
-        _mm512_store_si512(step.tiles[t].words[p], AnyPairs(WeightKind::kFp8, panel, scales, PackedLinear::kPanel,
-                                                            k0 + 2 * p, t * kTileN));
+        _mm512_store_si512(step.tiles[t].words[p],
+                           AnyPairs(WeightKind::kFp8, panel, scales, PackedLinear::kPanel, k0 + 2 * p, t * kTileN));
       }
       continue;
     }
@@ -171,10 +171,10 @@ MILLRACE_AMX void FillFp8Step(const uint8_t* panel, const float* scales, int64_t
 // FP4: bytes from tables. Scales are at most 1 here, so that an unsigned subtraction that stops at zero leaves zeros as
 // they are (both of them are +0, which no sum can tell).
 MILLRACE_AMX void FillFp4Step(const uint8_t* panel, const float* scales, int64_t k0, Step& step) {
-  const __m512i low_bytes = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
-  const __m512i high_bytes = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 63, 63, 63, 64, 64, 64, 64, 0, -65, -65, -65, -64, -64, -64, -64));
+  const __m512i low_bytes =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
+  const __m512i high_bytes =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 63, 63, 63, 64, 64, 64, 64, 0, -65, -65, -65, -64, -64, -64, -64));
   const __m512i groups = GroupsOfFour(), nibble = _mm512_set1_epi8(15);
   __m512i less[kTiles];  // what to subtract from both values of a pair
   for (int t = 0; t < kTiles; ++t) {
@@ -353,8 +353,7 @@ MILLRACE_AMX void OneRow(const PackedLinear& w, int64_t panel, const uint16_t* x
     for (int64_t s = 0; s < w.k(); s += kTileK, step += step_bytes) {
       for (int64_t line = 0; line < step_bytes; line += 64) __builtin_prefetch(step + kAhead + line);
       for (int i = 0; i < kTileK; i += 16) {
-        const __m512i bits =
-            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + s + i)));
+        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + s + i)));
         _mm512_store_ps(inputs + i, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
       }
       const uint8_t* weights = step;
@@ -460,8 +459,8 @@ MILLRACE_AMX void ManyRows(const PackedLinear& w, int64_t panel, const uint16_t*
 
 }  // namespace
 
-MILLRACE_AMX void AmxProduct(const PackedLinear& w, int64_t begin, int64_t end, const uint16_t* x, int64_t m, float* out,
-                             int64_t out_ld) {
+MILLRACE_AMX void AmxProduct(const PackedLinear& w, int64_t begin, int64_t end, const uint16_t* x, int64_t m,
+                             float* out, int64_t out_ld) {
   if (m <= kRowsOneByOne) {
     for (int64_t r = 0; r < m; ++r) {
       for (int64_t panel = begin; panel < end; ++panel) OneRowAny(w, panel, x + r * w.k(), out + r * out_ld);
@@ -503,7 +502,8 @@ MILLRACE_AMX void NarrowRows(const ActivationRows& x, int64_t m, int64_t k, uint
     for (int64_t i = 0; i < k; ++i) {
       const float scale = x.scales == nullptr ? 1.0f : x.scales[r * x.scales_ld + i / 128];
       const float value = x.values[r * x.ld + i] * scale;
-      CHECK(std::isnan(value) || (std::bit_cast<uint32_t>(value) & 0xffff) == 0, "inputs of a BF16 product are BF16 values");
+      CHECK(std::isnan(value) || (std::bit_cast<uint32_t>(value) & 0xffff) == 0,
+            "inputs of a BF16 product are BF16 values");
       out[r * k + i] = EncodeBf16(value);
     }
   }

@@ -137,8 +137,8 @@ HWY_INLINE void AddBlocks(const PackedLinear& w, int64_t panel, const Activation
   for (int b = 0; b < kBlocks; ++b) {
     const float activation_scale = ActivationScale(x, 0, k0 + b * kK);
     for (int v = 0; v < kVectors; ++v) {
-      total[v] = hn::MulAdd(sum[b][v],
-                            BlockScale<kKind>(scales, k0 / kK + b, first_lane + v * kLanes, activation_scale), total[v]);
+      total[v] = hn::MulAdd(
+          sum[b][v], BlockScale<kKind>(scales, k0 / kK + b, first_lane + v * kLanes, activation_scale), total[v]);
     }
   }
 }
@@ -167,7 +167,8 @@ void OneRow(const PackedLinear& w, int64_t panel, const ActivationRows& x, float
   // several blocks make up for it; 16 lanes in two vectors do well as they are.
   constexpr int kBlocks = kStripVectors == 1 ? 4 : 1;
   if constexpr (kFull <= 8) {
-    if (width == PackedLinear::kPanel) return RowTimesPanel<kKind, kFull, kFull == 4 ? 2 : 1>(w, panel, x, lanes, 0);
+    if (width == PackedLinear::kPanel)
+      return RowTimesPanel < kKind, kFull, kFull == 4 ? 2 : 1 > (w, panel, x, lanes, 0);
   }
   if constexpr (kStripVectors == 1) {
     if (width == 2 * kStrip) return RowTimesPanel<kKind, 2, kBlocks>(w, panel, x, lanes, 0);

@@ -119,7 +119,7 @@ class SegmentedAttention {
   bool round_p_ = false, first_ = true;
   float scale_ = 1.0f;
   int n_ = 0, tiles_ = 0;
-  std::vector<float> logits_;     // [heads, kSegment], probabilities once closed
+  std::vector<float> logits_;  // [heads, kSegment], probabilities once closed
   std::vector<Key> keys_;      // [kSegment]
   std::vector<float> max_, sum_, out_, segment_;
 };

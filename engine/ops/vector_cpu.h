@@ -33,8 +33,8 @@ void EncodeE4m3Values(const float* x, int64_t n, uint8_t* codes);
 void DotHeads(const float* q, int heads, const float* const* keys, int num_keys, int64_t n, float scale, float* logits,
               int64_t ld_logits);
 
-// Per head h: max[h] of the n logits [heads, ld], which become exp(logit - max), and sum[h] of these in ascending order;
-// then they are rounded to BF16 if `round`.
+// Per head h: max[h] of the n logits [heads, ld], which become exp(logit - max), and sum[h] of these in ascending
+// order; then they are rounded to BF16 if `round`.
 void Softmax(float* logits, int64_t ld, int heads, int n, bool round, float* max, float* sum);
 
 // out = x / z, rounded to BF16 if `round`.
