@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 BINARIES=(millrace ops_cuda_test golden_test equality_test cuda_engine_bench tensor_linear_cuda_bench
-  packed_experts_cuda_bench)
+  packed_experts_cuda_bench hyper_connection_cuda_bench sparse_attention_cuda_bench)
 STAGE="$(mktemp -d)"
 trap 'rm -rf "$STAGE"' EXIT
 

@@ -29,7 +29,7 @@ using cuda::PassBlock;
 using cuda::UploadBlock;
 
 // Raised whenever a change of the CUDA kernels changes bits.
-constexpr int kCudaKernelRevision = 1;
+constexpr int kCudaKernelRevision = 2;
 
 // Rows of logits that exist at a time: 64 rows of the released vocabulary are 33 MB.
 constexpr int64_t kLogitRows = 64;

@@ -55,6 +55,26 @@ LocalAddresses FindLocalAddresses(const std::string& devices) {
   return result;
 }
 
+absl::StatusOr<NamedAddress> FindLocalAddress(const std::string& where) {
+  ifaddrs* interfaces = nullptr;
+  if (getifaddrs(&interfaces) != 0) return absl::InternalError("the addresses of this host cannot be listed");
+  std::vector<NamedAddress> found;
+  std::string present;
+  for (const ifaddrs* i = interfaces; i != nullptr; i = i->ifa_next) {
+    NamedAddress one;
+    if ((i->ifa_flags & IFF_UP) == 0 || !ToIpAddress(i->ifa_addr, one.address)) continue;
+    one.interface = i->ifa_name;
+    absl::StrAppend(&present, present.empty() ? "" : ", ", one.interface, " ", ToString(one.address));
+    if (where == one.interface || where == ToString(one.address)) found.push_back(std::move(one));
+  }
+  freeifaddrs(interfaces);
+  if (found.empty()) {
+    return absl::NotFoundError(absl::StrCat("no address or interface \"", where, "\" here; there are ", present));
+  }
+  return *std::min_element(found.begin(), found.end(),
+                           [](const auto& a, const auto& b) { return a.address.is_v6 < b.address.is_v6; });
+}
+
 uint64_t HostId() {
   std::string boot_id;
   std::getline(std::ifstream("/proc/sys/kernel/random/boot_id"), boot_id);

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/statusor.h"
+
 namespace millrace::kvtransfer::internal {
 
 struct IpAddress {
@@ -27,6 +29,14 @@ struct LocalAddresses {
 // Addresses of the interfaces that are up and that `devices` (UCX_NET_DEVICES: names separated by commas, ports after a
 // colon) names; if it names none that has an address, of all but loopback. Link-local ones are left out.
 LocalAddresses FindLocalAddresses(const std::string& devices);
+
+// One address of this host and the interface it belongs to. `where` is the address in digits, or the name of an
+// interface, which then gives its first (IPv4 before IPv6). NotFound lists what there is.
+struct NamedAddress {
+  IpAddress address;
+  std::string interface;
+};
+absl::StatusOr<NamedAddress> FindLocalAddress(const std::string& where);
 
 // Equal in two processes exactly if 127.0.0.1 is the same place for both.
 uint64_t HostId();

@@ -144,8 +144,8 @@ absl::Status Receiver::Open(LeaseKey key, std::vector<ExpectedExtent> extents) {
   if (state_->leases.size() >= state_->options.max_leases)
     return absl::ResourceExhaustedError(absl::StrCat(state_->leases.size(), " leases open, limit reached"));
   if (auto it = state_->leases.find(key.lease); it != state_->leases.end()) {
-    return absl::AlreadyExistsError(absl::StrCat("lease ", absl::Hex(key.lease), " epoch ", it->second->key.epoch,
-                                                 it->second->fencing ? " is being fenced" : " is open"));
+    return absl::AlreadyExistsError(
+        absl::StrCat("lease ", absl::Hex(key.lease), it->second->fencing ? " is being fenced" : " is open"));
   }
   lease->serial = ++state_->next_serial;
   state_->leases[key.lease] = std::move(lease);

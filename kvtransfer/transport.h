@@ -109,7 +109,10 @@ struct TransportOptions {
   // absl::InfiniteDuration() never sleeps.
   absl::Duration spin = absl::Microseconds(50);
   absl::Duration connect_timeout = absl::Seconds(3);
-  uint16_t listen_port = 0;  // where connections come in, if the transport has such a thing; 0: any free port
+  // Where connections come in, if the transport has such a thing. A numeric address of this host or the name of an
+  // interface keeps all traffic to that interface; empty or a wildcard: every interface. Port 0: any free one.
+  std::string listen_address;
+  uint16_t listen_port = 0;
   // A thread that waits in WaitFor is expected to wait again soon: for so long after it, its own sends do not wake the
   // transport thread, which they would only race. Other threads' sends are not affected.
   absl::Duration linger = absl::Microseconds(200);

@@ -29,6 +29,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <utility>
 
@@ -254,6 +255,7 @@ class UcxTransport final : public Transport, private Driver::Engine {
   ucp_context_h context_ = nullptr;
   ucp_worker_h worker_ = nullptr;
   ucp_listener_h listener_ = nullptr;
+  std::optional<internal::IpAddress> confined_to_;  // listen_address, if it names one
   int worker_fd_ = -1;
   bool has_cuda_ = false;
   size_t eager_bytes_ = kEagerBytes;
@@ -293,6 +295,10 @@ void ApplyDefault(ucp_config_t* config, const char* name, const char* value) {
   if (std::getenv(absl::StrCat("UCX_", name).c_str()) == nullptr) (void)ucp_config_modify(config, name, value);
 }
 
+bool ConfinedTo(const std::string& listen_address) {
+  return !listen_address.empty() && listen_address != "0.0.0.0" && listen_address != "::";
+}
+
 absl::Status UcxTransport::Start() {
   unsigned major = 0, minor = 0, release = 0;
   ucp_get_version(&major, &minor, &release);
@@ -304,6 +310,15 @@ absl::Status UcxTransport::Start() {
   ApplyDefault(config, "KEEPIDLE", "2s");
   ApplyDefault(config, "KEEPINTVL", "1s");
   if (std::getenv("UCX_RNDV_THRESH") != nullptr) eager_bytes_ = 0;
+  if (ConfinedTo(options_.listen_address)) {
+    auto here = internal::FindLocalAddress(options_.listen_address);
+    if (!here.ok()) {
+      ucp_config_release(config);
+      return absl::FailedPreconditionError(here.status().message());
+    }
+    ApplyDefault(config, "NET_DEVICES", here->interface.c_str());  // lanes listen too
+    confined_to_ = here->address;
+  }
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
@@ -358,6 +373,7 @@ absl::Status UcxTransport::Listen() {
   address.incarnation = incarnation_ = random_();
   address.host_id = host_id_ = internal::HostId();
   internal::LocalAddresses local = internal::FindLocalAddresses(devices == nullptr ? "" : devices);
+  if (confined_to_) local = {{*confined_to_}, true};
   // One listener: IPv4, unless this host has only IPv6. On the address of the named device if that is one, else on all.
   const bool v6 = !local.addresses.empty() && local.addresses.front().is_v6;
   std::erase_if(local.addresses, [&](const internal::IpAddress& ip) { return ip.is_v6 != v6; });

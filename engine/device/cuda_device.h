@@ -109,4 +109,33 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
+// A second stream for work that need not wait for its neighbours: it begins after what was enqueued on `main` before
+// Fork and is waited for at Join. Also while `main` is captured into a graph, as a branch of it.
+class SideStream {
+ public:
+  SideStream() {
+    CUDA_CHECK(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming));
+    CUDA_CHECK(cudaEventCreateWithFlags(&joined_, cudaEventDisableTiming));
+  }
+  ~SideStream() {
+    cudaEventDestroy(forked_);
+    cudaEventDestroy(joined_);
+  }
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+  cudaStream_t get() const { return stream_.get(); }
+  void Fork(cudaStream_t main) {
+    CUDA_CHECK(cudaEventRecord(forked_, main));
+    CUDA_CHECK(cudaStreamWaitEvent(stream_.get(), forked_, 0));
+  }
+  void Join(cudaStream_t main) {
+    CUDA_CHECK(cudaEventRecord(joined_, stream_.get()));
+    CUDA_CHECK(cudaStreamWaitEvent(main, joined_, 0));
+  }
+
+ private:
+  Stream stream_;
+  cudaEvent_t forked_ = nullptr, joined_ = nullptr;
+};
+
 }  // namespace millrace::cuda

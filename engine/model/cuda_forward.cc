@@ -7,6 +7,7 @@
 
 #include "engine/model/model.h"
 #include "engine/ops/cuda_norm_rope.h"
+#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/cuda_sparse_attention.h"
 #include "engine/ops/rounding.h"
 #include "engine/status.h"
@@ -16,6 +17,14 @@ namespace {
 
 // Index scores of a tile of rows may take this much; longer contexts are scored in more tiles of fewer rows.
 constexpr int64_t kScoreBytes = 256 << 20;
+
+// Where the part after one of `n` rows starts in a stack of FP8 weights.
+int64_t OnBlock(int64_t n) { return (n + 127) / 128 * 128; }
+
+// Places of the longest list that attention of this kind can meet.
+int64_t MaxPlaces(LayerKind kind, const ModelConfig& c, const ForwardLimits& limits) {
+  return kWindow + (kind == LayerKind::kCsa ? c.index_topk : kind == LayerKind::kHca ? limits.max_tokens / 128 : 0);
+}
 
 RopeTable Table(const ModelConfig& config, bool compressed) {
   RopeTable table;
@@ -28,29 +37,29 @@ RopeTable Table(const ModelConfig& config, bool compressed) {
 CudaForward::Activations CudaForward::LayOut(Bump& bump, const ModelConfig& c, const ForwardLimits& limits) {
   const int64_t t = limits.rows, hidden = c.hidden_size, heads = c.num_attention_heads, k = c.num_experts_per_tok;
   const int64_t low_rank = int64_t{c.o_groups} * c.o_lora_rank;
-  const int64_t widest = std::max(
-      {hidden * (limits.mtp ? kStreams : 1), low_rank, int64_t{c.q_lora_rank}, int64_t{c.moe_intermediate_size}});
+  const int64_t widest = std::max({hidden * (limits.mtp ? kStreams : 1), low_rank, int64_t{c.q_lora_rank}});
+  const int64_t width = c.moe_intermediate_size;
   Activations a;
   a.streams = bump.Take<Bf16>(t * kStreams * hidden);
-  a.u = bump.Take<Bf16>(t * hidden);
   a.sublayer = bump.Take<Bf16>(t * hidden);
-  a.mixes = bump.Take<float>(t * (2 + kStreams) * kStreams);
+  a.u.u = bump.Take<Bf16>(t * hidden);
+  a.u.rounded = bump.Take<Bf16>(t * hidden);
   a.post = bump.Take<float>(t * kStreams);
   a.comb = bump.Take<float>(t * kStreams * kStreams);
-  a.codes = bump.Take<uint8_t>(t * widest);
-  a.scales = bump.Take<float>(t * ((widest + 127) / 128 + kStreams));
-  a.qr = bump.Take<Bf16>(t * c.q_lora_rank);
+  a.rounded = bump.Take<Bf16>(t * widest);
+  const int64_t q_rows = OnBlock(heads * kHeadDim) + int64_t{c.index_n_heads} * kIndexDim;
+  a.scratch[0] = bump.Take<uint8_t>(
+      std::max({LinearScratchBytes(q_rows, c.q_lora_rank, t), LinearScratchBytes(hidden, low_rank, t),
+                LinearScratchBytes(OnBlock(c.q_lora_rank) + kHeadDim, hidden, t),
+                limits.mtp ? LinearScratchBytes(hidden, hidden, t * kStreams) : 0}));
+  a.scratch[1] = bump.Take<uint8_t>(LinearScratchBytes(OnBlock(width) + width, hidden, t));
+  a.q_kv = bump.Take<Bf16>(t * (OnBlock(c.q_lora_rank) + kHeadDim));
+  a.q_index = bump.Take<Bf16>(t * q_rows);
   a.q = bump.Take<Bf16>(t * heads * kHeadDim);
   a.attn = bump.Take<Bf16>(t * heads * kHeadDim);
-  a.kv = bump.Take<Bf16>(t * kHeadDim);
   a.low_rank = bump.Take<Bf16>(t * low_rank);
   a.keys = bump.Take<Bf16>((t + int64_t{limits.sequences} * (kWindow - 1)) * kHeadDim);
-  a.comp_kv = bump.Take<float>(t * 2 * kHeadDim);
-  a.comp_score = bump.Take<float>(t * 2 * kHeadDim);
-  a.index_kv = bump.Take<float>(t * 2 * kIndexDim);
-  a.index_score = bump.Take<float>(t * 2 * kIndexDim);
-  a.index_q = bump.Take<Bf16>(t * c.index_n_heads * kIndexDim);
-  a.index_weights = bump.Take<Bf16>(t * c.index_n_heads);
+  a.compress = bump.Take<float>(t * (4 * kHeadDim + 4 * kIndexDim + c.index_n_heads));
   a.index.q = bump.Take<int8_t>(t * c.index_n_heads * kIndexDim);
   a.index.q_scales = bump.Take<float>(t * c.index_n_heads * 4);
   a.index.max_entries = std::max<int64_t>(limits.max_tokens / 4, 1);
@@ -59,16 +68,18 @@ CudaForward::Activations CudaForward::LayOut(Bump& bump, const ModelConfig& c, c
   a.selection.topk = c.index_topk;
   a.selection.entries = bump.Take<int32_t>(t * c.index_topk);
   a.selection.counts = bump.Take<int32_t>(t);
+  const int64_t max_places = std::max(MaxPlaces(LayerKind::kCsa, c, limits), MaxPlaces(LayerKind::kHca, c, limits));
+  a.attention_workspace = bump.Take<uint8_t>(SparseAttentionWorkspaceBytes(t, static_cast<int>(heads), max_places));
   a.gate_logits = bump.Take<float>(t * c.n_routed_experts);
   a.experts = bump.Take<int32_t>(t * k);
   a.expert_weights = bump.Take<float>(t * k);
-  a.gate_out = bump.Take<Bf16>(t * c.moe_intermediate_size);
-  a.up_out = bump.Take<Bf16>(t * c.moe_intermediate_size);
+  a.shared_up = bump.Take<Bf16>(t * (OnBlock(width) + width));
+  a.shared_rounded = bump.Take<Bf16>(t * width);
   a.shared = bump.Take<Bf16>(t * hidden);
   a.expert_rows = bump.Take<Bf16>(t * k * hidden);
   if (limits.local_experts) {
-    a.expert_workspace = bump.Take<uint8_t>(
-        ExpertWorkspaceBytes(c.n_routed_experts, hidden, c.moe_intermediate_size, static_cast<int>(k), t));
+    a.expert_workspace =
+        bump.Take<uint8_t>(ExpertWorkspaceBytes(c.n_routed_experts, hidden, width, static_cast<int>(k), t));
   }
   for (int kind = 0; kind < 2; ++kind) {
     a.cos[kind] = bump.Take<float>(t * 32);
@@ -125,9 +136,9 @@ absl::StatusOr<std::unique_ptr<CudaForward>> CudaForward::Create(const ModelConf
   return forward;
 }
 
-Fp8Rows CudaForward::Quantise(const Bf16* x, int64_t rows, int64_t k) {
-  QuantiseRows({x, k}, rows, k, a_.codes, a_.scales, stream_.get());
-  return {a_.codes, k, a_.scales, (k + 127) / 128};
+RoundedRows CudaForward::Round(const Bf16* x, int64_t rows, int64_t k) {
+  RoundRows({x, k}, rows, k, a_.rounded, stream_.get());
+  return {a_.rounded, k};
 }
 
 absl::Status CudaForward::Forward(const PassView& pass, ForwardHooks* hooks) {
@@ -135,25 +146,29 @@ absl::Status CudaForward::Forward(const PassView& pass, ForwardHooks* hooks) {
     PrepareRope(rope_[kind], pass.positions, pass.num_rows, a_.cos[kind], a_.sin[kind], stream_.get());
   }
   Embed(weights_.embed, pass.token_ids, pass.num_rows, kStreams, config_.hidden_size, a_.streams, stream_.get());
+  HyperUpdate update;
   for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    RETURN_IF_ERROR(Layer(layer, weights_.layers[layer], pass, a_.streams, hooks));
+    RETURN_IF_ERROR(Layer(layer, weights_.layers[layer], pass, a_.streams, update, hooks));
+    if (hooks == nullptr && layer + 1 < config_.num_hidden_layers) continue;
+    HyperConnectionPost(update, pass.num_rows, config_.hidden_size, a_.streams, stream_.get());
+    update = {};
     if (hooks != nullptr) hooks->OnLayer(layer, a_.streams, pass.num_rows);
   }
   return absl::OkStatus();
 }
 
 absl::Status CudaForward::Layer(int layer, const LayerWeights& w, const PassView& pass, Bf16* streams,
-                                ForwardHooks* hooks) {
+                                HyperUpdate& update, ForwardHooks* hooks) {
   const int64_t rows = pass.num_rows, hidden = config_.hidden_size;
   cudaStream_t s = stream_.get();
 
-  HyperConnectionPre(streams, w.hc_attn, w.attn_norm, hyper_, rows, hidden, a_.mixes, a_.u, a_.post, a_.comb, s);
+  HyperConnectionPre(streams, update, w.hc_attn, w.attn_norm, hyper_, rows, hidden, a_.u, a_.post, a_.comb, s);
   Attention(layer, w, pass, hooks);
-  HyperConnectionPost(a_.sublayer, a_.post, a_.comb, rows, hidden, streams, s);
+  update = {.out = a_.sublayer, .post = a_.post, .comb = a_.comb};
 
-  HyperConnectionPre(streams, w.hc_ffn, w.ffn_norm, hyper_, rows, hidden, a_.mixes, a_.u, a_.post, a_.comb, s);
+  HyperConnectionPre(streams, update, w.hc_ffn, w.ffn_norm, hyper_, rows, hidden, a_.u, a_.post, a_.comb, s);
   RETURN_IF_ERROR(Moe(layer, w, pass, hooks));
-  HyperConnectionPost(a_.sublayer, a_.post, a_.comb, rows, hidden, streams, s);
+  update = {a_.shared, a_.expert_rows, config_.num_experts_per_tok, a_.post, a_.comb};
   return absl::OkStatus();
 }
 
@@ -167,76 +182,81 @@ void CudaForward::Attention(int layer, const LayerWeights& w, const PassView& pa
   const PageLayerLayout page = mtp ? PageLayerLayout{} : layout_.page_layers[layer];
   cudaStream_t s = stream_.get();
 
-  // Queries and this token's window entry.
-  const Fp8Rows u = Quantise(a_.u, rows, config_.hidden_size);
-  LinearFp8(w.wq_a, u, rows, {a_.qr, rank}, s);
-  LinearFp8(w.wkv, u, rows, {a_.kv, kHeadDim}, s);
-  RmsNorm(a_.qr, w.q_norm, rows, rank, eps_, a_.qr, s);
-  const Fp8Rows qr = Quantise(a_.qr, rows, rank);
-  LinearFp8(w.wq_b, qr, rows, {a_.q, w.wq_b.n}, s);
-  QueryNormRope(a_.q, heads, rope, rows, eps_, s);
-  WindowAppend(pass, layout_.slot_layers[layer], layout_.window_slots, a_.kv, w.kv_norm, eps_, rope, a_.keys, s);
+  // Entries that these rows complete become visible to the very row that completes them; nothing else needs them.
+  if (kind != LayerKind::kWindow) {
+    side_.Fork(s);
+    Compress(layer, w, pass, side_.get());
+  }
 
-  // Entries that these rows complete become visible to the very row that completes them, so compression comes first.
-  if (kind != LayerKind::kWindow) Compress(layer, w, pass);
+  // Queries and this token's window entry.
+  const int64_t q_kv_width = w.q_kv.all.n, q_width = w.q_index.all.n;
+  LinearFp8(w.q_kv.all, RoundedInput(), rows, {a_.q_kv, q_kv_width}, a_.scratch[0], s);
+  side_.Fork(s);
+  HyperPrefetch(w.hc_ffn, config_.hidden_size, side_.get());
+  WindowAppend(pass, layout_.slot_layers[layer], layout_.window_slots, {a_.q_kv + w.q_kv.start[1], q_kv_width},
+               w.kv_norm, eps_, rope, a_.keys, side_.get());
+  NormRound({a_.q_kv, q_kv_width}, w.q_norm, rows, rank, eps_, a_.rounded, s);
+  LinearFp8(w.q_index.all, {a_.rounded, rank}, rows, {a_.q_index, q_width}, a_.scratch[0], s);
+  QueryNormRope({a_.q_index, q_width}, heads, rope, rows, eps_, a_.q, s);
+
+  side_.Join(s);
   if (kind == LayerKind::kCsa) {
-    LinearFp8(w.index_wq_b, qr, rows, {a_.index_q, w.index_wq_b.n}, s);
-    LinearBf16(w.index_weights_proj, {a_.u, config_.hidden_size}, rows,
-               {a_.index_weights, int64_t{config_.index_n_heads}}, s);
-    IndexSelect(pass, page, a_.index_q, a_.index_weights, config_.index_n_heads, rope, a_.index, a_.selection, s);
+    IndexSelect(pass, page, {a_.q_index + w.q_index.start[1], q_width}, Compressed(w, 4), config_.index_n_heads, rope,
+                a_.index, a_.selection, s);
     if (hooks != nullptr) hooks->OnSelection(layer, a_.selection, rows);
   }
 
-  SparseAttention(kind, pass, page, a_.q, heads, w.attn_sink, a_.keys, a_.selection, rope, a_.attn, s);
+  SparseAttention(kind, pass, page, a_.q, heads, w.attn_sink, a_.keys, a_.selection, rope,
+                  MaxPlaces(kind, config_, limits_), a_.attention_workspace, a_.attn, s);
 
   // Output: each group of heads through its own low-rank matrix, then one linear back to the hidden size.
   const int64_t z_width = int64_t{config_.o_groups} * config_.o_lora_rank;
   LinearGrouped(w.wo_a, config_.o_groups, {a_.attn, int64_t{heads} * kHeadDim}, rows, {a_.low_rank, z_width}, s);
-  LinearFp8(w.wo_b, Quantise(a_.low_rank, rows, z_width), rows, {a_.sublayer, config_.hidden_size}, s);
+  LinearFp8(w.wo_b, Round(a_.low_rank, rows, z_width), rows, {a_.sublayer, config_.hidden_size}, a_.scratch[0], s);
 }
 
-void CudaForward::Compress(int layer, const LayerWeights& w, const PassView& pass) {
-  const Bf16Rows u{a_.u, config_.hidden_size};
+void CudaForward::Compress(int layer, const LayerWeights& w, const PassView& pass, cudaStream_t stream) {
   const PageLayerLayout& page = layout_.page_layers[layer];
   const SlotLayerLayout& slot = layout_.slot_layers[layer];
-  cudaStream_t s = stream_.get();
-  LinearBf16(w.compressor.wkv, u, pass.num_rows, {a_.comp_kv, w.compressor.wkv.n}, s);
-  LinearBf16(w.compressor.wgate, u, pass.num_rows, {a_.comp_score, w.compressor.wgate.n}, s);
+  LinearBf16(w.compress.all, {a_.u.u, config_.hidden_size}, pass.num_rows, {a_.compress, w.compress.all.n}, stream);
   if (config_.layer_kinds[layer] == LayerKind::kHca) {
-    CompressHca(pass, page, slot, a_.comp_kv, a_.comp_score, w.compressor.pool, rope_[1], eps_, s);
+    CompressHca(pass, page, slot, Compressed(w, 0), Compressed(w, 1), w.pool, rope_[1], eps_, stream);
     return;
   }
-  LinearBf16(w.index_compressor.wkv, u, pass.num_rows, {a_.index_kv, w.index_compressor.wkv.n}, s);
-  LinearBf16(w.index_compressor.wgate, u, pass.num_rows, {a_.index_score, w.index_compressor.wgate.n}, s);
-  CompressCsa(pass, page, slot, a_.comp_kv, a_.comp_score, a_.index_kv, a_.index_score, w.compressor.pool,
-              w.index_compressor.pool, rope_[1], eps_, s);
+  CompressCsa(pass, page, slot, Compressed(w, 0), Compressed(w, 1), Compressed(w, 2), Compressed(w, 3), w.pool,
+              w.index_pool, rope_[1], eps_, stream);
 }
 
-absl::Status CudaForward::Moe(int layer, const LayerWeights& w, const PassView& pass, ForwardHooks* hooks) {
-  const int64_t rows = pass.num_rows, hidden = config_.hidden_size, width = config_.moe_intermediate_size;
-  const int k = config_.num_experts_per_tok;
-  const float limit = static_cast<float>(config_.swiglu_limit);
-  cudaStream_t s = stream_.get();
+void CudaForward::SharedExpert(const LayerWeights& w, int64_t rows, cudaStream_t stream) {
+  const int64_t width = config_.moe_intermediate_size, hidden = config_.hidden_size, up_width = w.shared_up.all.n;
+  LinearFp8(w.shared_up.all, RoundedInput(), rows, {a_.shared_up, up_width}, a_.scratch[1], stream);
+  SwiGluRound({a_.shared_up, up_width}, {a_.shared_up + w.shared_up.start[1], up_width}, rows, width,
+              static_cast<float>(config_.swiglu_limit), a_.shared_rounded, stream);
+  LinearFp8(w.shared_w2, {a_.shared_rounded, width}, rows, {a_.shared, hidden}, a_.scratch[1], stream);
+}
 
-  LinearBf16(w.gate, {a_.u, hidden}, rows, {a_.gate_logits, w.gate.n}, s);
+// Leaves the shared expert's and the routed experts' rows, whose sum is the next update of the streams.
+absl::Status CudaForward::Moe(int layer, const LayerWeights& w, const PassView& pass, ForwardHooks* hooks) {
+  const int64_t rows = pass.num_rows, hidden = config_.hidden_size;
+  const int k = config_.num_experts_per_tok;
+  cudaStream_t s = stream_.get();
+  if (exchange_ == nullptr) {
+    side_.Fork(s);
+    if (layer + 1 < config_.num_hidden_layers) {
+      HyperPrefetch(weights_.layers[layer + 1].hc_attn, hidden, side_.get());
+    }
+    SharedExpert(w, rows, side_.get());
+  }
+  LinearBf16(w.gate, {a_.u.u, hidden}, rows, {a_.gate_logits, w.gate.n}, s);
   Gate(a_.gate_logits, config_.n_routed_experts, w.gate_bias, w.tid2eid, pass.token_ids, rows, k,
        static_cast<float>(config_.routed_scaling_factor), a_.experts, a_.expert_weights, s);
   if (hooks != nullptr) hooks->OnExperts(layer, a_.experts, rows);
-
-  const auto shared_expert = [&](Fp8Rows u) {
-    LinearFp8(w.shared_w1, u, rows, {a_.gate_out, width}, s);
-    LinearFp8(w.shared_w3, u, rows, {a_.up_out, width}, s);
-    SwiGlu(a_.gate_out, a_.up_out, nullptr, nullptr, rows, width, limit, a_.gate_out, s);
-    LinearFp8(w.shared_w2, Quantise(a_.gate_out, rows, width), rows, {a_.shared, hidden}, s);
-  };
-  const Fp8Rows u = Quantise(a_.u, rows, hidden);
   if (exchange_ != nullptr) {
-    RETURN_IF_ERROR(RemoteExperts(layer, rows, [&] { shared_expert(u); }));
-  } else {
-    RoutedExperts(w.experts, u, a_.experts, a_.expert_weights, rows, k, limit, a_.expert_workspace, a_.expert_rows, s);
-    shared_expert(u);
+    return RemoteExperts(layer, rows, [&] { SharedExpert(w, rows, s); });
   }
-  CombineExperts(a_.expert_rows, a_.shared, rows, k, hidden, a_.sublayer, s);
+  RoutedExperts(w.experts, RoundedInput(), a_.experts, a_.expert_weights, rows, k,
+                static_cast<float>(config_.swiglu_limit), a_.expert_workspace, a_.expert_rows, s);
+  side_.Join(s);
   return absl::OkStatus();
 }
 
@@ -244,7 +264,7 @@ absl::Status CudaForward::Moe(int layer, const LayerWeights& w, const PassView& 
 absl::Status CudaForward::RemoteExperts(int layer, int64_t rows, const std::function<void()>& meanwhile) {
   const int64_t hidden = config_.hidden_size, pairs = rows * config_.num_experts_per_tok;
   cudaStream_t s = stream_.get();
-  CUDA_CHECK(cudaMemcpyAsync(remote_rows_.data(), a_.u, rows * hidden * 2, cudaMemcpyDeviceToHost, s));
+  CUDA_CHECK(cudaMemcpyAsync(remote_rows_.data(), a_.u.u, rows * hidden * 2, cudaMemcpyDeviceToHost, s));
   CUDA_CHECK(cudaMemcpyAsync(remote_experts_.data(), a_.experts, pairs * 4, cudaMemcpyDeviceToHost, s));
   CUDA_CHECK(cudaMemcpyAsync(remote_weights_.data(), a_.expert_weights, pairs * 4, cudaMemcpyDeviceToHost, s));
   stream_.Wait();
@@ -270,10 +290,14 @@ absl::Status CudaForward::ForwardMtp(const PassView& pass, const PassView& backb
   RmsNorm(a_.e, w.enorm, rows, hidden, eps_, a_.e, s);
   GatherLastStreams(pass, backbone, backbone_sequence, a_.streams, kStreams * hidden, layout_.last_streams, a_.h, s);
   RmsNorm(a_.h, w.hnorm, rows * kStreams, hidden, eps_, a_.h, s);  // each stream by itself, one weight
-  LinearFp8(w.e_proj, Quantise(a_.e, rows, hidden), rows, {a_.u, hidden}, s);
-  LinearFp8(w.h_proj, Quantise(a_.h, rows * kStreams, hidden), rows * kStreams, {a_.mtp_streams, hidden}, s);
-  AddToStreams(a_.u, a_.mtp_streams, rows, kStreams, hidden, a_.mtp_streams, s);
-  return Layer(config_.num_hidden_layers, w.block, pass, a_.mtp_streams, nullptr);
+  LinearFp8(w.e_proj, Round(a_.e, rows, hidden), rows, {a_.u.u, hidden}, a_.scratch[0], s);
+  LinearFp8(w.h_proj, Round(a_.h, rows * kStreams, hidden), rows * kStreams, {a_.mtp_streams, hidden}, a_.scratch[0],
+            s);
+  AddToStreams(a_.u.u, a_.mtp_streams, rows, kStreams, hidden, a_.mtp_streams, s);
+  HyperUpdate update;
+  RETURN_IF_ERROR(Layer(config_.num_hidden_layers, w.block, pass, a_.mtp_streams, update, nullptr));
+  HyperConnectionPost(update, rows, hidden, a_.mtp_streams, s);
+  return absl::OkStatus();
 }
 
 void CudaForward::StoreStreams(const PassView& pass) {
@@ -286,7 +310,7 @@ const float* CudaForward::LogitsOf(const Bf16* streams, const HyperWeights& hc_h
   const int64_t hidden = config_.hidden_size;
   cudaStream_t s = stream_.get();
   Embed(streams, rows, num, 1, kStreams * hidden, a_.picked, s);  // a gather of rows is an embedding
-  HyperHead(a_.picked, hc_head, norm, hyper_, num, hidden, a_.mixes, a_.z, s);
+  HyperHead(a_.picked, hc_head, norm, hyper_, num, hidden, a_.z, s);
   LinearBf16(weights_.head, {a_.z, hidden}, num, {a_.logits, weights_.head.n}, s);
   return a_.logits;
 }

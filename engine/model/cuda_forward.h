@@ -66,19 +66,23 @@ class CudaForward {
  private:
   // Activations of one pass.
   struct Activations {
-    Bf16 *streams = nullptr, *u = nullptr, *sublayer = nullptr;
-    float *mixes = nullptr, *post = nullptr, *comb = nullptr;
-    uint8_t* codes = nullptr;  // the widest quantised input of a layer
-    float* scales = nullptr;
-    Bf16 *qr = nullptr, *q = nullptr, *kv = nullptr, *attn = nullptr, *low_rank = nullptr, *keys = nullptr;
-    float *comp_kv = nullptr, *comp_score = nullptr, *index_kv = nullptr, *index_score = nullptr;
-    Bf16 *index_q = nullptr, *index_weights = nullptr;
+    Bf16 *streams = nullptr, *sublayer = nullptr;
+    HyperInput u;
+    float *post = nullptr, *comb = nullptr;
+    Bf16* rounded = nullptr;   // the widest rounded input of a product behind u
+    uint8_t* scratch[2] = {};  // of FP8 products, on the main and the side stream
+    // Outputs of stacked weights (cuda_weights.h), each row as long as all parts.
+    Bf16 *q_kv = nullptr, *q_index = nullptr, *shared_up = nullptr;
+    float* compress = nullptr;
+    Bf16 *q = nullptr, *attn = nullptr, *low_rank = nullptr, *keys = nullptr;
     IndexWorkspace index;
     SelectionView selection;
+    uint8_t* attention_workspace = nullptr;
     float* gate_logits = nullptr;
     int32_t* experts = nullptr;
     float* expert_weights = nullptr;
-    Bf16 *gate_out = nullptr, *up_out = nullptr, *shared = nullptr, *expert_rows = nullptr;
+    Bf16 *shared = nullptr, *expert_rows = nullptr;
+    Bf16* shared_rounded = nullptr;
     uint8_t* expert_workspace = nullptr;
     float* cos[2] = {};  // window layers, compressed layers
     float* sin[2] = {};
@@ -93,13 +97,22 @@ class CudaForward {
   CudaForward(const ModelConfig& config, const CacheLayout& layout, ModelWeights weights, const ForwardLimits& limits,
               uint8_t* workspace, ExpertExchange* exchange, Stream& stream);
 
-  absl::Status Layer(int layer, const LayerWeights& w, const PassView& pass, Bf16* streams, ForwardHooks* hooks);
+  // `update`: what the layer before has left to fold into the streams; then what this one leaves.
+  absl::Status Layer(int layer, const LayerWeights& w, const PassView& pass, Bf16* streams, HyperUpdate& update,
+                     ForwardHooks* hooks);
   void Attention(int layer, const LayerWeights& w, const PassView& pass, ForwardHooks* hooks);
-  void Compress(int layer, const LayerWeights& w, const PassView& pass);
+  // Entries of CSA and HCA that the rows complete, on `stream`.
+  void Compress(int layer, const LayerWeights& w, const PassView& pass, cudaStream_t stream);
+  // `part` of the compressors' outputs.
+  F32Rows Compressed(const LayerWeights& w, int part) const {
+    return {a_.compress + w.compress.start[part], w.compress.all.n};
+  }
+  void SharedExpert(const LayerWeights& w, int64_t rows, cudaStream_t stream);
   absl::Status Moe(int layer, const LayerWeights& w, const PassView& pass, ForwardHooks* hooks);
   absl::Status RemoteExperts(int layer, int64_t rows, const std::function<void()>& meanwhile);
-  // Quantises x [rows, k] into the shared codes; valid until the next call.
-  Fp8Rows Quantise(const Bf16* x, int64_t rows, int64_t k);
+  // Rounds x [rows, k] into `rounded`; valid until the next call.
+  RoundedRows Round(const Bf16* x, int64_t rows, int64_t k);
+  RoundedRows RoundedInput() const { return {a_.u.rounded, config_.hidden_size}; }
   const float* LogitsOf(const Bf16* streams, const HyperWeights& hc_head, const float* norm, const int32_t* rows,
                         int64_t num);
 
@@ -109,6 +122,7 @@ class CudaForward {
   const ForwardLimits limits_;
   ExpertExchange* const exchange_;
   Stream& stream_;
+  SideStream side_;  // work of a layer that need not wait for its neighbours
   const HyperParams hyper_;
   const float eps_;
   RopeTable rope_[2];

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/model/weights.h"
+#include "engine/ops/packed_experts_plan.h"
 #include "engine/ops/rounding.h"
 #include "engine/status.h"
 
@@ -18,6 +19,17 @@ constexpr int64_t kStagingBytes = 16 << 20;
 
 std::string ScaleName(const std::string& weight) { return weight.substr(0, weight.size() - 6) + "scale"; }
 
+// Of one expert as the checkpoint has it, each tensor on 256 bytes; behind it, how many groups could not be packed.
+int64_t RawExpertBytes(const ModelConfig& config) {
+  const int64_t elements = int64_t{config.hidden_size} * config.moe_intermediate_size;
+  Bump bump;
+  for (int tensor = 0; tensor < 3; ++tensor) {
+    bump.Take<uint8_t>(elements / 2);
+    bump.Take<uint8_t>(elements / 32);
+  }
+  return bump.used();
+}
+
 class Loader {
  public:
   // `staging` empty: count only.
@@ -27,8 +39,13 @@ class Loader {
     if (staging != nullptr) stream_.emplace();
   }
 
-  ModelWeights Model(bool mtp, bool with_experts) {
+  absl::StatusOr<ModelWeights> Model(bool mtp, bool with_experts) {
     const ModelConfig& config = c_.config();
+    if (staging_ != nullptr && with_experts) {
+      ASSIGN_OR_RETURN(raw_expert_,
+                       DeviceBuffer::Take(RawExpertBytes(config) + 4, "an expert on its way to be packed"));
+      CUDA_CHECK(cudaMemsetAsync(out_of_range(), 0, 4, stream_->get()));
+    }
     ModelWeights w;
     w.embed = static_cast<const Bf16*>(Linear("embed.weight").data);
     w.head = Linear("head.weight");
@@ -51,10 +68,14 @@ class Loader {
       Report();
     }
     if (stream_) stream_->Wait();
+    RETURN_IF_ERROR(refused_);
     return w;
   }
 
  private:
+  void Refuse(const absl::Status& status) {
+    if (refused_.ok()) refused_ = status;
+  }
   void Report() {
     if (staging_ != nullptr && progress_) progress_(bump_.used(), total_);
   }
@@ -84,19 +105,37 @@ class Loader {
     return to;
   }
 
-  Weight Linear(const std::string& name) {
-    const HostTensor& t = c_.Get(name);
-    Weight w;
-    w.n = t.shape[0];
-    w.k = t.dtype == DType::kI8 ? t.shape[1] * 2 : t.shape[1];
-    w.kind = t.dtype == DType::kF32    ? WeightKind::kF32
-             : t.dtype == DType::kBF16 ? WeightKind::kBf16
-             : t.dtype == DType::kI8   ? WeightKind::kFp4
-                                       : WeightKind::kFp8;
-    w.data = Put<uint8_t>(t.data, t.bytes);
-    if (w.quantised()) {
-      const HostTensor& scales = c_.Get(ScaleName(name));
-      w.scales = Put<uint8_t>(scales.data, scales.bytes);
+  Weight Linear(const std::string& name) { return Stack({name}).all; }
+
+  StackedWeight Stack(const std::vector<std::string>& names) {
+    StackedWeight w;
+    w.all.k = c_.Get(names[0]).shape[1];
+    const bool fp8 = c_.Get(names[0]).dtype == DType::kF8E4M3;
+    w.all.kind = fp8 ? WeightKind::kFp8 : WeightKind::kBf16;
+    for (const std::string& name : names) {
+      const HostTensor& t = c_.Get(name);
+      if (fp8) w.all.n = (w.all.n + 127) / 128 * 128;
+      w.start.push_back(w.all.n);
+      w.all.n += t.shape[0];
+    }
+    const int64_t row_bytes = w.all.k * (fp8 ? 1 : 2), blocks = (w.all.k + 127) / 128;
+    uint8_t* data = bump_.Take<uint8_t>(w.all.n * row_bytes);
+    uint8_t* scales = fp8 ? bump_.Take<uint8_t>((w.all.n + 127) / 128 * blocks) : nullptr;
+    w.all.data = data;
+    w.all.scales = scales;
+    if (staging_ == nullptr || !refused_.ok()) return w;
+    if (names.size() > 1) CUDA_CHECK(cudaMemsetAsync(data, 0, w.all.n * row_bytes, stream_->get()));
+    for (size_t i = 0; i < names.size(); ++i) {
+      const HostTensor& t = c_.Get(names[i]);
+      Copy(data + w.start[i] * row_bytes, t.data, t.bytes);
+      if (!fp8) continue;
+      const int64_t nans = std::count_if(t.data, t.data + t.bytes, [](uint8_t code) { return (code & 0x7f) == 0x7f; });
+      if (nans != 0) {
+        Refuse(
+            absl::InvalidArgumentError(absl::StrCat(names[i], ": ", nans, " of ", t.bytes, " values are not numbers")));
+      }
+      const HostTensor& s = c_.Get(ScaleName(names[i]));
+      Copy(scales + w.start[i] / 128 * blocks, s.data, s.bytes);
     }
     return w;
   }
@@ -108,14 +147,10 @@ class Loader {
   }
 
   HyperWeights Hyper(const std::string& prefix) {
-    return {Linear(prefix + "_fn"), F32(prefix + "_base"), F32(prefix + "_scale")};
+    return {F32(prefix + "_fn"), F32(prefix + "_base"), F32(prefix + "_scale")};
   }
 
-  CompressorWeights Compressor(const std::string& prefix) {
-    return {Linear(prefix + "wkv.weight"),
-            Linear(prefix + "wgate.weight"),
-            {F32(prefix + "ape"), F32(prefix + "norm.weight")}};
-  }
+  PoolWeights Pool(const std::string& prefix) { return {F32(prefix + "ape"), F32(prefix + "norm.weight")}; }
 
   // FP8 to BF16, a row at a time.
   Weight Groups(const std::string& name) {
@@ -135,30 +170,49 @@ class Loader {
     return {WeightKind::kBf16, t.shape[0] / c_.config().o_groups, k, to, nullptr};
   }
 
+  // Packed one by one from a copy of the checkpoint's bytes. All on one stream: the next expert's copy waits for the
+  // packing of the last.
   ExpertWeights Experts(const std::string& prefix) {
     const ModelConfig& config = c_.config();
     ExpertWeights w;
     w.num_experts = config.n_routed_experts;
     w.hidden = config.hidden_size;
     w.width = config.moe_intermediate_size;
-    const auto stack = [&](const char* name, const uint8_t*& codes, const uint8_t*& scales) {
-      const std::string first = absl::StrCat(prefix, 0, ".", name, ".weight");
-      const int64_t code_bytes = c_.Get(first).bytes, scale_bytes = c_.Get(ScaleName(first)).bytes;
-      uint8_t* to_codes = bump_.Take<uint8_t>(code_bytes * w.num_experts);
-      uint8_t* to_scales = bump_.Take<uint8_t>(scale_bytes * w.num_experts);
-      codes = to_codes;
-      scales = to_scales;
-      for (int e = 0; staging_ != nullptr && e < w.num_experts; ++e) {
-        const std::string weight = absl::StrCat(prefix, e, ".", name, ".weight");
-        Copy(to_codes + e * code_bytes, c_.Get(weight).data, code_bytes);
-        Copy(to_scales + e * scale_bytes, c_.Get(ScaleName(weight)).data, scale_bytes);
-      }
-    };
-    stack("w1", w.w1, w.w1_scales);
-    stack("w2", w.w2, w.w2_scales);
-    stack("w3", w.w3, w.w3_scales);
+    const int64_t gate_up_bytes = PackedGateUpBytes(w.hidden, w.width), down_bytes = PackedDownBytes(w.hidden, w.width);
+    uint8_t* gate_up = bump_.Take<uint8_t>(gate_up_bytes * w.num_experts);
+    uint8_t* down = bump_.Take<uint8_t>(down_bytes * w.num_experts);
+    w.gate_up = gate_up;
+    w.down = down;
+    if (staging_ == nullptr || !refused_.ok()) return w;
+    for (int e = 0; e < w.num_experts; ++e) {
+      Bump raw_bump(raw_expert_.data());
+      const auto put = [&](const char* tensor) {
+        const HostTensor& t = c_.Get(absl::StrCat(prefix, e, ".", tensor));
+        uint8_t* to = raw_bump.Take<uint8_t>(t.bytes);
+        Copy(to, t.data, t.bytes);
+        return to;
+      };
+      RawExpert raw;
+      raw.w1 = put("w1.weight");
+      raw.w2 = put("w2.weight");
+      raw.w3 = put("w3.weight");
+      raw.w1_scales = put("w1.scale");
+      raw.w2_scales = put("w2.scale");
+      raw.w3_scales = put("w3.scale");
+      PackExpert(raw, w.hidden, w.width, gate_up + e * gate_up_bytes, down + e * down_bytes, out_of_range(),
+                 stream_->get());
+    }
+    int32_t bad = 0;
+    CUDA_CHECK(cudaMemcpyAsync(&bad, out_of_range(), 4, cudaMemcpyDeviceToHost, stream_->get()));
+    stream_->Wait();
+    if (bad != 0) {
+      Refuse(absl::FailedPreconditionError(
+          absl::StrCat("device: cuda takes FP4 scales of up to 2^", kMaxExponentDistance,
+                       " below the largest of their 128 weights; ", prefix, "* has ", bad, " groups beyond")));
+    }
     return w;
   }
+  int32_t* out_of_range() const { return reinterpret_cast<int32_t*>(raw_expert_.data() + RawExpertBytes(c_.config())); }
 
   const int32_t* RoutingTable(const std::string& name) {
     const HostTensor& t = c_.Get(name);
@@ -181,19 +235,26 @@ class Loader {
     w.hc_ffn = Hyper(p + "hc_ffn");
     w.attn_norm = F32(p + "attn_norm.weight");
     w.ffn_norm = F32(p + "ffn_norm.weight");
-    w.wq_a = Linear(p + "attn.wq_a.weight");
-    w.wq_b = Linear(p + "attn.wq_b.weight");
-    w.wkv = Linear(p + "attn.wkv.weight");
+    w.q_kv = Stack({p + "attn.wq_a.weight", p + "attn.wkv.weight"});
     w.wo_a = Groups(p + "attn.wo_a.weight");
     w.wo_b = Linear(p + "attn.wo_b.weight");
     w.q_norm = F32(p + "attn.q_norm.weight");
     w.kv_norm = F32(p + "attn.kv_norm.weight");
     w.attn_sink = F32(p + "attn.attn_sink");
-    if (kind != LayerKind::kWindow) w.compressor = Compressor(p + "attn.compressor.");
+    std::vector<std::string> from_qr = {p + "attn.wq_b.weight"};
+    std::vector<std::string> from_u = {p + "attn.compressor.wkv.weight", p + "attn.compressor.wgate.weight"};
     if (kind == LayerKind::kCsa) {
-      w.index_wq_b = Linear(p + "attn.indexer.wq_b.weight");
-      w.index_weights_proj = Linear(p + "attn.indexer.weights_proj.weight");
-      w.index_compressor = Compressor(p + "attn.indexer.compressor.");
+      const std::string index = p + "attn.indexer.";
+      from_qr.push_back(index + "wq_b.weight");
+      from_u.push_back(index + "compressor.wkv.weight");
+      from_u.push_back(index + "compressor.wgate.weight");
+      from_u.push_back(index + "weights_proj.weight");
+      w.index_pool = Pool(index + "compressor.");
+    }
+    w.q_index = Stack(from_qr);
+    if (kind != LayerKind::kWindow) {
+      w.compress = Stack(from_u);
+      w.pool = Pool(p + "attn.compressor.");
     }
     w.gate = Linear(p + "ffn.gate.weight");
     if (!mtp && config.hash_routed(layer)) {
@@ -201,9 +262,8 @@ class Loader {
     } else {
       w.gate_bias = F32(p + "ffn.gate.bias");
     }
-    w.shared_w1 = Linear(p + "ffn.shared_experts.w1.weight");
+    w.shared_up = Stack({p + "ffn.shared_experts.w1.weight", p + "ffn.shared_experts.w3.weight"});
     w.shared_w2 = Linear(p + "ffn.shared_experts.w2.weight");
-    w.shared_w3 = Linear(p + "ffn.shared_experts.w3.weight");
     if (with_experts) w.experts = Experts(p + "ffn.experts.");
     return w;
   }
@@ -222,13 +282,16 @@ class Loader {
   std::optional<Stream> stream_;
   std::vector<Event> copied_ = std::vector<Event>(staging_ != nullptr ? 2 : 0);
   int64_t pieces_ = 0;
+  DeviceBuffer raw_expert_;
+  absl::Status refused_;
 };
 
 }  // namespace
 
 int64_t ModelWeights::Bytes(const Checkpoint& checkpoint, bool mtp, bool with_experts) {
   Bump counting;
-  Loader(checkpoint, counting, nullptr, nullptr, 0).Model(mtp, with_experts);
+  const auto counted = Loader(checkpoint, counting, nullptr, nullptr, 0).Model(mtp, with_experts);
+  static_cast<void>(counted);  // what Load refuses, Load reports
   return counting.used();
 }
 

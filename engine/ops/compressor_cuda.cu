@@ -26,14 +26,14 @@ __device__ inline RingAddress Ring(const SequenceView& s, const SlotLayerLayout&
 }
 
 // Warps 0 .. T - 1 make the new keys, the others copy the old ones that the first rows still see.
-__global__ void WindowKeysKernel(PassView pass, SlotLayerLayout slot, int ring_slots, const Bf16* kv, const float* norm,
+__global__ void WindowKeysKernel(PassView pass, SlotLayerLayout slot, int ring_slots, Bf16Rows kv, const float* norm,
                                  float eps, RopeView rope, Bf16* keys) {
   const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   LaneEntry e;
   if (warp < pass.num_rows) {
     const int64_t sequence = pass.row_sequence[warp];
-    LoadBf16Row(kv + warp * kHeadDim, lane, e);
+    LoadBf16Row(kv.data + warp * kv.ld, lane, e);
     NormEntry(e, norm, lane, eps);
     RotateEntry(e, lane, rope.cos + warp * 32, rope.sin + warp * 32, 1);
     SimulateEntry(e, lane);
@@ -74,12 +74,12 @@ struct BlockRow {
 
 // Row of position q, read for the entry that closes at block q / 4 or the one after. `half` 0 is the previous block's
 // part. `prev` and `cur` are the slot's arrays: kv then score.
-__device__ inline BlockRow FindBlockRow(const SequenceView& s, int64_t q, int64_t dim, const float* kv,
-                                        const float* score, const float* prev, const float* cur, int half) {
+__device__ inline BlockRow FindBlockRow(const SequenceView& s, int64_t q, int64_t dim, F32Rows kv, F32Rows score,
+                                        const float* prev, const float* cur, int half) {
   const int64_t width = 2 * dim;
   if (q >= s.start) {
     const int64_t row = s.row + q - s.start;
-    return {kv + row * width + half * dim, score + row * width + half * dim, false};
+    return {kv.data + row * kv.ld + half * dim, score.data + row * score.ld + half * dim, false};
   }
   const int64_t j = q % 4;
   if (q / 4 == s.start / 4) return {cur + j * width + half * dim, cur + 4 * width + j * width + half * dim, true};
@@ -87,8 +87,8 @@ __device__ inline BlockRow FindBlockRow(const SequenceView& s, int64_t q, int64_
 }
 
 // Softmax over the rows of channel c and the weighted sum: as vec::PoolRows.
-__device__ inline float PoolChannel(const SequenceView& s, int64_t closing, int64_t dim, int64_t c, const float* kv,
-                                    const float* score, const float* ape, const float* prev, const float* cur) {
+__device__ inline float PoolChannel(const SequenceView& s, int64_t closing, int64_t dim, int64_t c, F32Rows kv,
+                                    F32Rows score, const float* ape, const float* prev, const float* cur) {
   float scores[8], values[8];
   const int64_t first = closing - 7;
   float max = 0;
@@ -176,9 +176,9 @@ constexpr int kCsaThreads = 128;
 
 // One block a row; only rows that close a block of four have anything to do.
 __global__ void __launch_bounds__(kCsaThreads)
-    CsaEntriesKernel(PassView pass, PageLayerLayout page, SlotLayerLayout slot, const float* kv, const float* score,
-                     const float* index_kv, const float* index_score, PoolWeights main, PoolWeights index,
-                     RopeTable rope, float eps) {
+    CsaEntriesKernel(PassView pass, PageLayerLayout page, SlotLayerLayout slot, F32Rows kv, F32Rows score,
+                     F32Rows index_kv, F32Rows index_score, PoolWeights main, PoolWeights index, RopeTable rope,
+                     float eps) {
   __shared__ float pooled[kHeadDim], pooled_index[kIndexDim];
   __shared__ float cos[2][32], sin[2][32];
   const int64_t position = pass.positions[blockIdx.x];
@@ -206,13 +206,15 @@ __global__ void __launch_bounds__(kCsaThreads)
 
 // Pending rows after the pass: cur[j] is the newest row of position j mod 4, prev the first halves of the last closed
 // block. Each (j, channel) is one thread's, so reading cur before writing it needs no barrier.
-__device__ inline void UpdatePending(const SequenceView& s, int64_t dim, const float* kv, const float* score,
-                                     const float* ape, float* prev, float* cur) {
+__device__ inline void UpdatePending(const SequenceView& s, int64_t dim, F32Rows kv, F32Rows score, const float* ape,
+                                     float* prev, float* cur) {
   const int64_t width = 2 * dim, end = s.start + s.count, closed = end / 4;
   for (int64_t i = threadIdx.x; i < 4 * width; i += blockDim.x) {
     const int64_t j = i / width, c = i % width;
-    const auto new_kv = [&](int64_t q) { return kv[(s.row + q - s.start) * width + c]; };
-    const auto new_score = [&](int64_t q) { return score[(s.row + q - s.start) * width + c] + ape[j * width + c]; };
+    const auto new_kv = [&](int64_t q) { return kv.data[(s.row + q - s.start) * kv.ld + c]; };
+    const auto new_score = [&](int64_t q) {
+      return score.data[(s.row + q - s.start) * score.ld + c] + ape[j * width + c];
+    };
     if (closed > s.start / 4 && c < dim) {
       const int64_t q = 4 * (closed - 1) + j;
       prev[j * dim + c] = q >= s.start ? new_kv(q) : cur[i];
@@ -226,9 +228,8 @@ __device__ inline void UpdatePending(const SequenceView& s, int64_t dim, const f
   }
 }
 
-__global__ void CsaPendingKernel(PassView pass, SlotLayerLayout slot, const float* kv, const float* score,
-                                 const float* index_kv, const float* index_score, const float* ape,
-                                 const float* index_ape) {
+__global__ void CsaPendingKernel(PassView pass, SlotLayerLayout slot, F32Rows kv, F32Rows score, F32Rows index_kv,
+                                 F32Rows index_score, const float* ape, const float* index_ape) {
   const SequenceView s = pass.sequences[blockIdx.x];
   const auto state = [&](int64_t offset) { return reinterpret_cast<float*>(s.slot + offset); };
   UpdatePending(s, kHeadDim, kv, score, ape, state(slot.csa_prev), state(slot.csa_cur));
@@ -238,8 +239,8 @@ __global__ void CsaPendingKernel(PassView pass, SlotLayerLayout slot, const floa
 // One channel a thread. Block x of a sequence has the x-th run of rows that share a block of 128 tokens; block 0 has
 // the last run too, because the first reads the pending state that the last one overwrites.
 __global__ void __launch_bounds__(kHeadDim)
-    HcaKernel(PassView pass, PageLayerLayout page, SlotLayerLayout slot, const float* kv, const float* score,
-              PoolWeights w, RopeTable rope, float eps) {
+    HcaKernel(PassView pass, PageLayerLayout page, SlotLayerLayout slot, F32Rows kv, F32Rows score, PoolWeights w,
+              RopeTable rope, float eps) {
   __shared__ float pooled[kHeadDim];
   __shared__ float cos[32], sin[32];
   const SequenceView s = pass.sequences[blockIdx.y];
@@ -257,13 +258,13 @@ __global__ void __launch_bounds__(kHeadDim)
       weighted = state[2 * kHeadDim + c];
     }
     for (int64_t p = from; p < to; ++p) {
-      const int64_t at = (s.row + p - s.start) * kHeadDim + c;
-      const float x = score[at] + w.ape[p % 128 * kHeadDim + c];
+      const int64_t row = s.row + p - s.start;
+      const float x = score.data[row * score.ld + c] + w.ape[p % 128 * kHeadDim + c];
       const float new_max = fmaxf(x, max_score);
       const float keep = ExpOrZero(max_score - new_max), add = ExpOrZero(x - new_max);
       max_score = new_max;
       sum = fmaf(sum, keep, add);
-      weighted = fmaf(weighted, keep, __fmul_rn(add, kv[at]));
+      weighted = fmaf(weighted, keep, __fmul_rn(add, kv.data[row * kv.ld + c]));
     }
     if (run == runs - 1) {
       state[c] = max_score;
@@ -307,7 +308,7 @@ unsigned Blocks(int64_t warps) { return static_cast<unsigned>((warps + 7) / 8); 
 
 }  // namespace
 
-void WindowAppend(const PassView& pass, const SlotLayerLayout& slot, int ring_slots, const Bf16* kv, const float* norm,
+void WindowAppend(const PassView& pass, const SlotLayerLayout& slot, int ring_slots, Bf16Rows kv, const float* norm,
                   float eps, RopeView rope, Bf16* keys, cudaStream_t stream) {
   if (pass.num_rows == 0) return;
   WindowKeysKernel<<<Blocks(pass.num_rows + int64_t{kWindow - 1} * pass.num_sequences), 256, 0, stream>>>(
@@ -317,8 +318,8 @@ void WindowAppend(const PassView& pass, const SlotLayerLayout& slot, int ring_sl
   CUDA_CHECK(cudaGetLastError());
 }
 
-void CompressCsa(const PassView& pass, const PageLayerLayout& page, const SlotLayerLayout& slot, const float* kv,
-                 const float* score, const float* index_kv, const float* index_score, const PoolWeights& main,
+void CompressCsa(const PassView& pass, const PageLayerLayout& page, const SlotLayerLayout& slot, F32Rows kv,
+                 F32Rows score, F32Rows index_kv, F32Rows index_score, const PoolWeights& main,
                  const PoolWeights& index, const RopeTable& rope, float eps, cudaStream_t stream) {
   if (pass.num_rows == 0) return;
   CsaEntriesKernel<<<static_cast<unsigned>(pass.num_rows), kCsaThreads, 0, stream>>>(
@@ -329,8 +330,8 @@ void CompressCsa(const PassView& pass, const PageLayerLayout& page, const SlotLa
   CUDA_CHECK(cudaGetLastError());
 }
 
-void CompressHca(const PassView& pass, const PageLayerLayout& page, const SlotLayerLayout& slot, const float* kv,
-                 const float* score, const PoolWeights& w, const RopeTable& rope, float eps, cudaStream_t stream) {
+void CompressHca(const PassView& pass, const PageLayerLayout& page, const SlotLayerLayout& slot, F32Rows kv,
+                 F32Rows score, const PoolWeights& w, const RopeTable& rope, float eps, cudaStream_t stream) {
   if (pass.num_rows == 0) return;
   // As many runs as the rows could have if they were one sequence's.
   const dim3 grid(static_cast<unsigned>(pass.num_rows / 128 + 2), static_cast<unsigned>(pass.num_sequences));

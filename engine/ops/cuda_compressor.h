@@ -4,13 +4,14 @@
 // CPU's. Each launcher is called once per layer and pass, before that layer's attention.
 #pragma once
 
+#include "engine/ops/cuda_linear.h"
 #include "engine/ops/cuda_pass.h"
 
 namespace millrace::cuda {
 
 // kv [T, 512] (output of wkv) -> norm, RoPE, FP8 simulation; fills `keys` (cuda_pass.h, WindowRow) with the old and new
 // keys and writes the newest into each sequence's ring of `ring_slots`.
-void WindowAppend(const PassView& pass, const SlotLayerLayout& slot, int ring_slots, const Bf16* kv, const float* norm,
+void WindowAppend(const PassView& pass, const SlotLayerLayout& slot, int ring_slots, Bf16Rows kv, const float* norm,
                   float eps, RopeView rope, Bf16* keys, cudaStream_t stream);
 
 struct PoolWeights {
@@ -20,13 +21,13 @@ struct PoolWeights {
 
 // CSA: kv and score F32 [T, 1024] main and [T, 256] index (scores without ape). Updates pending rows and writes every
 // entry and index key that these rows complete.
-void CompressCsa(const PassView& pass, const PageLayerLayout& page, const SlotLayerLayout& slot, const float* kv,
-                 const float* score, const float* index_kv, const float* index_score, const PoolWeights& main,
+void CompressCsa(const PassView& pass, const PageLayerLayout& page, const SlotLayerLayout& slot, F32Rows kv,
+                 F32Rows score, F32Rows index_kv, F32Rows index_score, const PoolWeights& main,
                  const PoolWeights& index, const RopeTable& rope, float eps, cudaStream_t stream);
 
 // HCA, online per channel: kv and score F32 [T, 512].
-void CompressHca(const PassView& pass, const PageLayerLayout& page, const SlotLayerLayout& slot, const float* kv,
-                 const float* score, const PoolWeights& w, const RopeTable& rope, float eps, cudaStream_t stream);
+void CompressHca(const PassView& pass, const PageLayerLayout& page, const SlotLayerLayout& slot, F32Rows kv,
+                 F32Rows score, const PoolWeights& w, const RopeTable& rope, float eps, cudaStream_t stream);
 
 // Streams of each sequence's last row, BF16 [4, D], to `offset` in its slot.
 void StoreLastStreams(const PassView& pass, const Bf16* streams, int64_t width, int64_t offset, cudaStream_t stream);

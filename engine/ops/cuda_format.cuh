@@ -38,15 +38,20 @@ __device__ inline void WidenE4m3(uint32_t codes, float* out) {
   out[3] = high.y;
 }
 
-// Eight E2M1 codes of a word, lowest nibble first, times 2^14 left out of an FP16 read of the shifted code: multiply by
-// kE2m1Widened. The same trick as the CPU's.
-constexpr float kE2m1Widened = 16384.0f;
-__device__ inline void WidenE2m1(uint32_t codes, float* out) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t code = codes >> (4 * i);
-    out[i] = __half2float(__ushort_as_half(static_cast<unsigned short>((code & 8u) << 12 | (code & 7u) << 9)));
-  }
+// Codes 2 * half and the next of a word of four E4M3 codes, as a pair of BF16, exactly; no code may be NaN, which a
+// load refuses. The bits of a code, shifted into those of BF16, are its value times 2^-120.
+__device__ inline uint32_t WidenE4m3ToBf16(uint32_t codes, int half) {
+  const uint32_t high = __byte_perm(codes, 0, half == 0 ? 0x1404 : 0x3424);  // each in the upper byte of 16 bits
+  const uint32_t shifted = (high & 0x80008000u) | (high >> 4 & 0x07f007f0u);
+  const __nv_bfloat162 scale = __halves2bfloat162(__ushort_as_bfloat16(0x7b80), __ushort_as_bfloat16(0x7b80));  // 2^120
+  const __nv_bfloat162 value = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&shifted), scale);
+  return *reinterpret_cast<const uint32_t*>(&value);
+}
+
+// Two E4M3 codes times a power of two, as a pair of BF16, exactly.
+__device__ inline uint32_t ScaledBf16Pair(uint32_t codes, float scale) {
+  const float2 v = WidenE4m3Pair(static_cast<uint16_t>(codes));
+  return __float_as_uint(v.x * scale) >> 16 | (__float_as_uint(v.y * scale) & 0xffff0000u);
 }
 
 // Sum over the lanes of a warp; every lane gets it. One fixed tree.
@@ -72,6 +77,27 @@ __device__ inline float BlockSum(float x, float* scratch) {
 #pragma unroll
   for (int warp = 0; warp < kThreads / 32; ++warp) total += scratch[warp];
   return total;
+}
+
+// A group of 128 activations, four a lane, as E4M3 codes and their scale, which every lane gets.
+__device__ inline uint32_t QuantiseGroup(const float (&v)[4], float& scale) {
+  // Of the bits, not the values: a NaN must win so that the scale shows it.
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) amax = max(amax, __float_as_uint(v[i]) & 0x7fffffffu);
+  amax = __reduce_max_sync(kFullWarp, amax);
+  const int exponent = ActQuantScale(__uint_as_float(amax));
+  const float inverse = PowerOfTwo(-exponent);
+  scale = PowerOfTwo(exponent);
+  const uint32_t low = __nv_cvt_float2_to_fp8x2({v[0] * inverse, v[1] * inverse}, __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2({v[2] * inverse, v[3] * inverse}, __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+
+// Four values of a quantised group as BF16, to their FragmentPlace (cuda_quantise.h): pairs, the second eight further.
+__device__ inline void StoreRoundedFour(uint32_t codes, float scale, __nv_bfloat16* at) {
+  reinterpret_cast<uint32_t*>(at)[0] = ScaledBf16Pair(codes, scale);
+  reinterpret_cast<uint32_t*>(at)[4] = ScaledBf16Pair(codes >> 16, scale);
 }
 
 // exp(x) for x <= 0 as the CPU twins have it: 0 below -87.

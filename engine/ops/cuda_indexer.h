@@ -7,6 +7,7 @@
 // index, then ascending.
 #pragma once
 
+#include "engine/ops/cuda_linear.h"
 #include "engine/ops/cuda_pass.h"
 
 namespace millrace::cuda {
@@ -27,7 +28,7 @@ struct IndexWorkspace {
 };
 
 // q [T, heads, 128] (output of wq_b), weights [T, heads] (output of weights_proj), both BF16.
-void IndexSelect(const PassView& pass, const PageLayerLayout& page, const Bf16* q, const Bf16* weights, int heads,
+void IndexSelect(const PassView& pass, const PageLayerLayout& page, Bf16Rows q, F32Rows weights, int heads,
                  RopeView rope, const IndexWorkspace& workspace, SelectionView selection, cudaStream_t stream);
 
 // The exact top k of one BF16 score row per block, as IndexSelect uses it: scores [rows, ld], of which row r has

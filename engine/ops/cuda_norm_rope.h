@@ -4,6 +4,7 @@
 // block with fixed lanes, whatever else is in the pass.
 #pragma once
 
+#include "engine/ops/cuda_linear.h"
 #include "engine/ops/cuda_pass.h"
 
 namespace millrace::cuda {
@@ -19,8 +20,9 @@ void RmsNorm(const Bf16* x, const float* weight, int64_t rows, int64_t dim, floa
 void PrepareRope(const RopeTable& table, const int32_t* positions, int64_t rows, float* cos, float* sin,
                  cudaStream_t stream);
 
-// q [rows, heads, 512] in place: RMSNorm of each head without weight, then RoPE of its last 64 dims.
-void QueryNormRope(Bf16* q, int heads, RopeView rope, int64_t rows, float eps, cudaStream_t stream);
+// q: rows of [heads, 512] -> out [rows, heads, 512]: RMSNorm of each head without weight, then RoPE of its last 64
+// dims.
+void QueryNormRope(Bf16Rows q, int heads, RopeView rope, int64_t rows, float eps, Bf16* out, cudaStream_t stream);
 
 // out [rows, copies, dim] = e [rows, dim] + h [rows, copies, dim], rounded; may alias h. The MTP module's input.
 void AddToStreams(const Bf16* e, const Bf16* h, int64_t rows, int copies, int64_t dim, Bf16* out, cudaStream_t stream);

@@ -10,6 +10,8 @@
 #include <random>
 #include <vector>
 
+#include "engine/cache/cache_layout.h"
+#include "engine/device/buffer.h"
 #include "engine/device/cuda_device.h"
 #include "engine/ops/cuda_pass.h"
 #include "engine/ops/rounding.h"
@@ -91,6 +93,28 @@ inline std::vector<float> FromDeviceBf16(const std::vector<Bf16>& values) {
     out[i] = DecodeBf16(bits);
   }
   return out;
+}
+
+// Fills every page with entries and keys that could be there.
+inline void FillPages(Buffer<uint8_t>& pages, int num_pages, const CacheLayout& layout) {
+  std::mt19937 random(30);
+  for (int p = 0; p < num_pages; ++p) {
+    for (const PageLayerLayout& l : layout.page_layers) {
+      uint8_t* base = pages.data() + p * layout.page_bytes;
+      for (int e = 0; e < l.entries; ++e) {
+        uint8_t* body = base + l.bodies + e * layout.entry.body_bytes;
+        for (int i = 0; i < 448; ++i) body[i] = static_cast<uint8_t>(random() % 120 | (random() & 0x80));
+        for (int i = 0; i < 64; ++i) {
+          const uint16_t bits = EncodeBf16(static_cast<float>(random() % 1000) / 250 - 2);
+          std::memcpy(body + 448 + 2 * i, &bits, 2);
+        }
+        for (int g = 0; g < 7; ++g) base[l.scales + e * 8 + g] = static_cast<uint8_t>(118 + random() % 3);
+        if (l.kind != LayerKind::kCsa) continue;
+        for (int i = 0; i < 64; ++i) base[l.index_bodies + e * 64 + i] = static_cast<uint8_t>(random());
+        for (int g = 0; g < 4; ++g) base[l.index_scales + e * 4 + g] = static_cast<uint8_t>(124 + random() % 5);
+      }
+    }
+  }
 }
 
 // First index whose bits differ, or -1.

@@ -23,12 +23,12 @@ __device__ inline int TwiceE2m1(uint32_t code) {
 }
 
 // One warp per (row, head).
-__global__ void IndexQueryKernel(const Bf16* q, int heads, int64_t rows, RopeView rope, int8_t* codes, float* scales) {
+__global__ void IndexQueryKernel(Bf16Rows q, int heads, int64_t rows, RopeView rope, int8_t* codes, float* scales) {
   const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (warp >= rows * heads) return;
   const int lane = threadIdx.x % 32;
   const int64_t row = warp / heads;
-  const uint2 raw = *reinterpret_cast<const uint2*>(q + warp * kIndexDim + lane * 4);
+  const uint2 raw = *reinterpret_cast<const uint2*>(q.data + row * q.ld + warp % heads * kIndexDim + lane * 4);
   LaneIndexKey x{{LowBf16(raw.x), HighBf16(raw.x), LowBf16(raw.y), HighBf16(raw.y)}};
   RotateIndex(x, lane, rope.cos + row * 32, rope.sin + row * 32);
   HadamardIndex(x, lane);
@@ -45,7 +45,7 @@ __global__ void IndexQueryKernel(const Bf16* q, int heads, int64_t rows, RopeVie
 
 // Rows first .. first + gridDim.y - 1 against the keys they see; rows whose choice is everything are skipped.
 __global__ void __launch_bounds__(kScoreThreads)
-    IndexScoreKernel(PassView pass, PageLayerLayout page, const int8_t* q, const float* q_scales, const Bf16* weights,
+    IndexScoreKernel(PassView pass, PageLayerLayout page, const int8_t* q, const float* q_scales, F32Rows weights,
                      int heads, float scale, int topk, int64_t first, uint16_t* scores, int64_t max_entries) {
   extern __shared__ __align__(16) uint8_t smem[];
   const int64_t row = first + blockIdx.y;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kScoreThreads)
   }
   for (int i = threadIdx.x; i < heads * 4; i += kScoreThreads) factors[i] = q_scales[row * heads * 4 + i] * 0.25f;
   for (int i = threadIdx.x; i < heads; i += kScoreThreads) {
-    head_weights[i] = RoundToBf16(ToFloat(weights[row * heads + i]) * scale);
+    head_weights[i] = RoundToBf16(RoundToBf16(weights.data[row * weights.ld + i]) * scale);
   }
   __syncthreads();
 
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kTopKThreads)
 
 }  // namespace
 
-void IndexSelect(const PassView& pass, const PageLayerLayout& page, const Bf16* q, const Bf16* weights, int heads,
+void IndexSelect(const PassView& pass, const PageLayerLayout& page, Bf16Rows q, F32Rows weights, int heads,
                  RopeView rope, const IndexWorkspace& workspace, SelectionView selection, cudaStream_t stream) {
   if (pass.num_rows == 0) return;
   IndexQueryKernel<<<static_cast<unsigned>((pass.num_rows * heads + 7) / 8), 256, 0, stream>>>(

@@ -42,16 +42,16 @@ __global__ void PrepareRopeKernel(RopeTable table, const int32_t* positions, int
   sin_out[i] = static_cast<float>(s);
 }
 
-__global__ void QueryNormRopeKernel(Bf16* q, int heads, RopeView rope, int64_t rows, float eps) {
+__global__ void QueryNormRopeKernel(Bf16Rows q, int heads, RopeView rope, int64_t rows, float eps, Bf16* out) {
   const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (warp >= rows * heads) return;
   const int lane = threadIdx.x % 32;
   const int64_t row = warp / heads;
   LaneEntry e;
-  LoadBf16Row(q + warp * kHeadDim, lane, e);
+  LoadBf16Row(q.data + row * q.ld + warp % heads * kHeadDim, lane, e);
   NormEntry(e, nullptr, lane, eps);
   RotateEntry(e, lane, rope.cos + row * 32, rope.sin + row * 32, 1);
-  StoreBf16Row(e, lane, q + warp * kHeadDim);
+  StoreBf16Row(e, lane, out + warp * kHeadDim);
 }
 
 __global__ void AddToStreamsKernel(const Bf16* e, const Bf16* h, int copies, int64_t dim, Bf16* out) {
@@ -85,10 +85,10 @@ void PrepareRope(const RopeTable& table, const int32_t* positions, int64_t rows,
   CUDA_CHECK(cudaGetLastError());
 }
 
-void QueryNormRope(Bf16* q, int heads, RopeView rope, int64_t rows, float eps, cudaStream_t stream) {
+void QueryNormRope(Bf16Rows q, int heads, RopeView rope, int64_t rows, float eps, Bf16* out, cudaStream_t stream) {
   if (rows == 0) return;
-  QueryNormRopeKernel<<<static_cast<unsigned>((rows * heads + 7) / 8), kThreads, 0, stream>>>(q, heads, rope, rows,
-                                                                                              eps);
+  QueryNormRopeKernel<<<static_cast<unsigned>((rows * heads + 7) / 8), kThreads, 0, stream>>>(q, heads, rope, rows, eps,
+                                                                                              out);
   CUDA_CHECK(cudaGetLastError());
 }
 

@@ -10,62 +10,65 @@
 
 namespace millrace::cuda {
 
-// A row's eight magnitudes times 2^(kWidenedExponent - distance), as E4M3.
-__device__ inline uint2 MagnitudeTable(int distance) {
-  uint32_t words[2] = {};
+// The eight magnitudes of E2M1 times 2^-distance as BF16: their upper bytes, then their lower ones.
+__device__ inline uint4 MagnitudeTable(int distance) {
+  uint32_t bytes[2][2] = {};
   for (int code = 0; code < 8; ++code) {
-    const float value = DecodeE2m1(static_cast<uint8_t>(code)) * PowerOfTwo(kWidenedExponent - distance);
-    words[code / 4] |= static_cast<uint32_t>(EncodeE4m3(value)) << (8 * (code % 4));
+    const uint32_t bits = __float_as_uint(DecodeE2m1(static_cast<uint8_t>(code)) * PowerOfTwo(-distance)) >> 16;
+    bytes[0][code / 4] |= (bits >> 8) << (8 * (code % 4));
+    bytes[1][code / 4] |= (bits & 0xff) << (8 * (code % 4));
   }
-  return {words[0], words[1]};
+  return {bytes[0][0], bytes[0][1], bytes[1][0], bytes[1][1]};
 }
 
-// The left operand of one block, and what its sums are multiplied by: rows t % 32 / 4 and eight further of the
-// warp's 16.
+// The left operand of one block, eight steps of 16, and what its sums are multiplied by: rows t % 32 / 4 and eight
+// further of the warp's 16.
 struct WidenedBlock {
-  uint32_t a[16];
+  uint32_t a[32];
   float low, high;
 };
 
-__device__ inline void WidenEight(uint32_t word, uint2 magnitudes, uint32_t& first, uint32_t& second) {
-  const uint32_t selectors = word & 0x77777777u;
-  first = __byte_perm(magnitudes.x, magnitudes.y, selectors) | (word & 0x80808080u);
-  second = __byte_perm(magnitudes.x, magnitudes.y, selectors >> 16) | (word << 4 & 0x80808080u);
+// Four codes, in the lower nibbles of `selectors`, with their signs in the top bits of `signs`: two pairs of BF16.
+__device__ inline void WidenFour(uint32_t selectors, uint32_t signs, uint4 table, uint32_t& first, uint32_t& second) {
+  const uint32_t upper = __byte_perm(table.x, table.y, selectors) | signs;
+  const uint32_t lower = __byte_perm(table.z, table.w, selectors);
+  first = __byte_perm(lower, upper, 0x5140);
+  second = __byte_perm(lower, upper, 0x7362);
 }
 
-// 2^(exponent byte - 127 - kWidenedExponent). The byte is never 255: a load refuses it.
+// 2^(exponent byte - 127). The byte is never 255: a load refuses it.
 __device__ inline float BlockScale(uint32_t scales) {
   const uint32_t byte = scales >> 24;
-  return __uint_as_float(byte == 0 ? 0x00400000u : byte << 23) * (1.0f / (1 << kWidenedExponent));
+  return __uint_as_float(byte == 0 ? 0x00400000u : byte << 23);
 }
 
-__device__ inline void Widen(const uint8_t* record, const uint2* table, int t, WidenedBlock& w) {
-  const uint4 early = *reinterpret_cast<const uint4*>(record + t * 16);
-  const uint4 late = *reinterpret_cast<const uint4*>(record + 2048 + t * 16);
+// A record, for thread t of the warpgroup. Values come in FragmentPlace's order (cuda_quantise.h).
+__device__ inline void Widen(const uint8_t* record, const uint4* table, int t, WidenedBlock& w) {
   const uint32_t* scales = reinterpret_cast<const uint32_t*>(record + kExpertCodeBytes) + t / 32 * 16 + t % 32 / 4;
-  const uint32_t low = scales[0], high = scales[8];
-  const uint32_t words[8] = {early.x, early.y, early.z, early.w, late.x, late.y, late.z, late.w};
+  const uint32_t row_scales[2] = {scales[0], scales[8]};
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    WidenEight(words[2 * step], table[low >> (4 * step) & 15], w.a[4 * step], w.a[4 * step + 2]);
-    WidenEight(words[2 * step + 1], table[high >> (4 * step) & 15], w.a[4 * step + 1], w.a[4 * step + 3]);
+  for (int half = 0; half < 2; ++half) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(record + half * 2048 + t * 16);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i % 2, group = 2 * half + i / 2;  // of 32: two steps of 16
+      const uint32_t word = words[i], selectors = word & 0x77777777u;
+      const uint4 magnitudes = table[row_scales[row] >> (4 * group) & 15];
+      uint32_t* a = w.a + 8 * group + row;
+      WidenFour(selectors, word & 0x80808080u, magnitudes, a[0], a[2]);
+      WidenFour(selectors >> 16, word << 4 & 0x80808080u, magnitudes, a[4], a[6]);
+    }
   }
-  w.low = BlockScale(low);
-  w.high = BlockScale(high);
+  w.low = BlockScale(row_scales[0]);
+  w.high = BlockScale(row_scales[1]);
 }
 
-// Scales are laid out by column pair: a thread's columns 8j + 2c and the next for all j lie in a row.
+// Powers of two: a fused multiply-add rounds once, as an addition would.
 template <int kN>
-__device__ inline void Promote(const float* sums, const WidenedBlock& w, const float* token_scales, float* total) {
+__device__ inline void Promote(const float* sums, const WidenedBlock& w, float* total) {
 #pragma unroll
-  for (int j = 0; j < kN / 8; ++j) {
-    const float2 s = *reinterpret_cast<const float2*>(token_scales + 2 * j);
-    // All factors are powers of two: exact, so the order of multiplication does not matter.
-    total[4 * j] = fmaf(sums[4 * j], w.low * s.x, total[4 * j]);
-    total[4 * j + 1] = fmaf(sums[4 * j + 1], w.low * s.y, total[4 * j + 1]);
-    total[4 * j + 2] = fmaf(sums[4 * j + 2], w.high * s.x, total[4 * j + 2]);
-    total[4 * j + 3] = fmaf(sums[4 * j + 3], w.high * s.y, total[4 * j + 3]);
-  }
+  for (int i = 0; i < kN / 2; ++i) total[i] = fmaf(sums[i], (i & 2) != 0 ? w.high : w.low, total[i]);
 }
 
 __device__ inline uint32_t PackBf16(float low, float high) {

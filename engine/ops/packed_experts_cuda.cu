@@ -12,7 +12,7 @@
 namespace millrace::cuda {
 namespace {
 
-constexpr int kSortThreads = 1024;
+constexpr int kSortThreads = 1024, kGatherThreads = 256;
 static_assert(kMaxExperts <= kSortThreads, "one thread an expert");
 
 // Exclusive sums of two counts over the threads of a block, in `scratch` of 64 ints.
@@ -72,45 +72,63 @@ __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
-ExpertWorkspace LayOut(Bump& bump, int num_experts, int64_t width, int64_t pairs) {
+// Rows of x in the order of places, a warp a row, so that tiles of many tokens are copied as boxes.
+__global__ void __launch_bounds__(kGatherThreads)
+    GatherRowsKernel(RoundedRows x, const int32_t* order, int top_k, int64_t pairs, int64_t hidden, Bf16* gathered) {
+  const int64_t place = (static_cast<int64_t>(blockIdx.x) * kGatherThreads + threadIdx.x) / 32;
+  if (place >= pairs) return;
+  const uint4* from = reinterpret_cast<const uint4*>(x.data + order[place] / top_k * x.ld);
+  uint4* to = reinterpret_cast<uint4*>(gathered + place * hidden);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x % 32; i < hidden / 8; i += 32) to[i] = from[i];
+}
+
+ExpertWorkspace LayOut(Bump& bump, int num_experts, int64_t hidden, int64_t width, int64_t pairs) {
   ExpertWorkspace w;
   w.order = bump.Take<int32_t>(pairs);
   w.tiles = bump.Take<PackedExpertTile>(MaxExpertTiles(pairs, num_experts, ExpertTileTokens(ExpertPath::kFew)));
   w.num_tiles = bump.Take<int32_t>(1);
-  w.codes = bump.Take<uint8_t>(pairs * width);
-  w.scales = bump.Take<float>(pairs * ExpertBlocks(width));
+  if (ChooseExpertPath(pairs, num_experts) == ExpertPath::kMany) {
+    w.gathered = bump.Take<Bf16>(pairs * hidden);
+  }
+  w.activations = bump.Take<Bf16>(pairs * width);
   return w;
 }
 
 }  // namespace
 
-int64_t PackedExpertWorkspaceBytes(int num_experts, int64_t width, int k, int64_t rows) {
+int64_t ExpertWorkspaceBytes(int num_experts, int64_t hidden, int64_t width, int k, int64_t rows) {
   Bump bump;
-  LayOut(bump, num_experts, width, rows * k);
+  LayOut(bump, num_experts, hidden, width, rows * k);
   return bump.used();
 }
 
-ExpertWorkspace ExpertWorkspaceAt(int num_experts, int64_t width, int64_t pairs, void* workspace) {
+ExpertWorkspace ExpertWorkspaceAt(const ExpertWeights& w, int64_t pairs, void* workspace) {
   Bump bump(static_cast<uint8_t*>(workspace));
-  return LayOut(bump, num_experts, width, pairs);
+  return LayOut(bump, w.num_experts, w.hidden, w.width, pairs);
 }
 
-ExpertActivations ExpertActivationsOf(const PackedExpertWeights& w, int64_t rows, int k, void* workspace) {
-  const ExpertWorkspace s = ExpertWorkspaceAt(w.num_experts, w.width, rows * k, workspace);
-  return {s.order, s.codes, s.scales};
+ExpertActivations ExpertActivationsOf(const ExpertWeights& w, int64_t rows, int k, void* workspace) {
+  const ExpertWorkspace s = ExpertWorkspaceAt(w, rows * k, workspace);
+  return {s.order, s.activations};
 }
 
-void PackedRoutedExperts(const PackedExpertWeights& w, Fp8Rows x, const int32_t* experts, const float* weights,
-                         int64_t rows, int k, float limit, void* workspace, Bf16* expert_rows, cudaStream_t stream) {
+void RoutedExperts(const ExpertWeights& w, RoundedRows x, const int32_t* experts, const float* weights, int64_t rows,
+                   int k, float limit, void* workspace, Bf16* expert_rows, cudaStream_t stream) {
   if (rows == 0) return;
   CHECK(w.num_experts <= kMaxExperts, "an engine checks this when it is made");
   CHECK(w.hidden % 32 == 0 && w.width % 32 == 0, "groups of 32 of K; a load checks this");
   const int64_t pairs = rows * k;
-  const ExpertWorkspace s = ExpertWorkspaceAt(w.num_experts, w.width, pairs, workspace);
+  const ExpertWorkspace s = ExpertWorkspaceAt(w, pairs, workspace);
   static const int multiprocessors = CurrentMultiprocessors();
   const ExpertPath path = ChooseExpertPath(pairs, w.num_experts);
   GroupPairsKernel<<<1, kSortThreads, 0, stream>>>(experts, pairs, w.num_experts, ExpertTileTokens(path), s);
   CUDA_CHECK(cudaGetLastError());
+  if (path == ExpertPath::kMany) {
+    GatherRowsKernel<<<static_cast<unsigned>((pairs * 32 + kGatherThreads - 1) / kGatherThreads), kGatherThreads, 0,
+                       stream>>>(x, s.order, k, pairs, w.hidden, s.gathered);
+    CUDA_CHECK(cudaGetLastError());
+  }
   ExpertGateUp(path, w, x, rows, weights, k, limit, s, multiprocessors, stream);
   ExpertDown(path, w, pairs, s, expert_rows, multiprocessors, stream);
 }

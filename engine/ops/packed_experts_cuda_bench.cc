@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/device/cuda_bench.h"
 #include "engine/ops/cuda_packed_experts.h"
+#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/packed_experts_kernels.h"
 #include "engine/ops/packed_experts_plan.h"
 
@@ -32,9 +33,8 @@ struct Layer {
       : gate_up(Take(kExperts * PackedGateUpBytes(kHidden, kWidth))),
         down(Take(kExperts * PackedDownBytes(kHidden, kWidth))),
         x(Take(kMostTokens * kHidden * 2)),
-        codes(Take(kMostTokens * kHidden)),
-        scales(Take(kMostTokens * kHidden / 128 * 4)),
-        workspace(Take(PackedExpertWorkspaceBytes(kExperts, kWidth, kTopK, kMostTokens))),
+        rounded(Take(kMostTokens * kHidden * 2)),
+        workspace(Take(ExpertWorkspaceBytes(kExperts, kHidden, kWidth, kTopK, kMostTokens))),
         out(Take(kMostTokens * kTopK * kHidden * 2)) {
     constexpr int64_t kCodes = kHidden * kWidth / 2, kScales = kHidden * kWidth / 32;
     const DeviceBuffer raw = Take(3 * (kCodes + kScales));
@@ -47,16 +47,17 @@ struct Layer {
                  down.data() + e * PackedDownBytes(kHidden, kWidth), nullptr, nullptr);
     }
     FillRandomBf16(x.data(), kMostTokens * kHidden, 1, nullptr);
-    QuantiseRows({reinterpret_cast<const Bf16*>(x.data()), kHidden}, kMostTokens, kHidden, codes.data(), Scales(),
-                 nullptr);
+    RoundRows({reinterpret_cast<const Bf16*>(x.data()), kHidden}, kMostTokens, kHidden,
+              reinterpret_cast<Bf16*>(rounded.data()), nullptr);
     CUDA_CHECK(cudaDeviceSynchronize());
     weights = {kExperts, kHidden, kWidth, gate_up.data(), down.data()};
   }
-  float* Scales() const { return reinterpret_cast<float*>(scales.data()); }
-  Fp8Rows X() const { return {codes.data(), kHidden, Scales(), kHidden / 128}; }
+  RoundedRows X(int64_t first = 0) const {
+    return {reinterpret_cast<const Bf16*>(rounded.data()) + first * kHidden, kHidden};
+  }
   Bf16* Out() const { return reinterpret_cast<Bf16*>(out.data()); }
-  DeviceBuffer gate_up, down, x, codes, scales, workspace, out;
-  PackedExpertWeights weights;
+  DeviceBuffer gate_up, down, x, rounded, workspace, out;
+  ExpertWeights weights;
 };
 
 // Balanced routing of `tokens` tokens, starting at another expert for each set.
@@ -95,18 +96,16 @@ int Run(const Layer& layer, int64_t tokens, BenchReport& report) {
   const int sets = tokens >= 256 ? 1 : 8;
   const Routing routing(tokens, sets);
   const auto launch = [&](int set, cudaStream_t stream) {
-    PackedRoutedExperts(layer.weights, layer.X(), routing.Experts(set), routing.Weights(set), tokens, kTopK, kLimit,
-                        layer.workspace.data(), layer.Out(), stream);
+    RoutedExperts(layer.weights, layer.X(), routing.Experts(set), routing.Weights(set), tokens, kTopK, kLimit,
+                  layer.workspace.data(), layer.Out(), stream);
   };
   // The last token among all, then alone.
   CUDA_CHECK(cudaMemset(layer.out.data(), 0xff, layer.out.bytes()));
   launch(0, nullptr);
   const std::vector<uint16_t> among = Rows(layer, (tokens - 1) * kTopK, kTopK), all = Rows(layer, 0, tokens * kTopK);
-  const Fp8Rows x = layer.X();
-  PackedRoutedExperts(layer.weights,
-                      {x.codes + (tokens - 1) * kHidden, kHidden, x.scales + (tokens - 1) * x.scales_ld, x.scales_ld},
-                      routing.Experts(0) + (tokens - 1) * kTopK, routing.Weights(0) + (tokens - 1) * kTopK, 1, kTopK,
-                      kLimit, layer.workspace.data(), layer.Out(), nullptr);
+  RoutedExperts(layer.weights, layer.X(tokens - 1), routing.Experts(0) + (tokens - 1) * kTopK,
+                routing.Weights(0) + (tokens - 1) * kTopK, 1, kTopK, kLimit, layer.workspace.data(), layer.Out(),
+                nullptr);
   const std::vector<uint16_t> alone = Rows(layer, 0, kTopK);
   const bool written = std::none_of(all.begin(), all.end(), [](uint16_t y) { return (y & 0x7f80) == 0x7f80; });
   const bool good = written && std::memcmp(among.data(), alone.data(), alone.size() * 2) == 0;
@@ -114,34 +113,34 @@ int Run(const Layer& layer, int64_t tokens, BenchReport& report) {
   const int64_t touched = std::min<int64_t>(tokens * kTopK, kExperts);
   const double weight_bytes =
       static_cast<double>(touched) * (PackedGateUpBytes(kHidden, kWidth) + PackedDownBytes(kHidden, kWidth));
-  const double bytes = weight_bytes + tokens * kHidden + tokens * kTopK * kHidden * 2.0;
+  const double bytes = weight_bytes + tokens * kHidden * 2.0 + tokens * kTopK * kHidden * 2.0;
   const double flops = 6.0 * tokens * kTopK * kHidden * kWidth;
   const int launches = static_cast<int>(std::clamp(6000.0 / (bytes / 3e6 + flops / 1e9), 4.0, 64.0));
   report.Add({"moe fp4 routed", absl::StrCat("Flash B ", tokens), TimeLaunches(launches, sets, 7, launch), bytes, flops,
-              kFp8FlopsPerSecond,
+              kBf16FlopsPerSecond,
               good      ? "bits equal alone"
               : written ? "BITS DIFFER"
                         : "NOT WRITTEN"});
 
   // The halves, over one grouping.
   const ExpertPath path = ChooseExpertPath(routing.pairs, kExperts);
-  const ExpertWorkspace w = ExpertWorkspaceAt(kExperts, kWidth, routing.pairs, layer.workspace.data());
+  const ExpertWorkspace w = ExpertWorkspaceAt(layer.weights, routing.pairs, layer.workspace.data());
   launch(0, nullptr);
   const double share = static_cast<double>(PackedGateUpBytes(kHidden, kWidth)) /
                        (PackedGateUpBytes(kHidden, kWidth) + PackedDownBytes(kHidden, kWidth));
-  report.Add({"  gate, up", absl::StrCat("Flash B ", tokens),
+  report.Add({"moe fp4 gate and up", absl::StrCat("Flash B ", tokens),
               TimeLaunches(launches, 1, 5,
                            [&](int, cudaStream_t stream) {
                              ExpertGateUp(path, layer.weights, layer.X(), tokens, routing.Weights(0), kTopK, kLimit, w,
                                           132, stream);
                            }),
-              weight_bytes * share, flops * 2 / 3, kFp8FlopsPerSecond, "same weights again: warm if few"});
-  report.Add({"  down", absl::StrCat("Flash B ", tokens),
+              weight_bytes * share, flops * 2 / 3, kBf16FlopsPerSecond, "same weights again: warm if few"});
+  report.Add({"moe fp4 down", absl::StrCat("Flash B ", tokens),
               TimeLaunches(launches, 1, 5,
                            [&](int, cudaStream_t stream) {
                              ExpertDown(path, layer.weights, routing.pairs, w, layer.Out(), 132, stream);
                            }),
-              weight_bytes * (1 - share), flops / 3, kFp8FlopsPerSecond, "same weights again: warm if few"});
+              weight_bytes * (1 - share), flops / 3, kBf16FlopsPerSecond, "same weights again: warm if few"});
   return good ? 0 : 1;
 }
 

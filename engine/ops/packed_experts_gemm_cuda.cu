@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Grouped products of routed experts: FP4 weights that stay packed until they are in registers, FP8 activations.
+// Grouped products of routed experts: FP4 weights that stay packed until they are in registers, activations rounded
+// through FP8, both multiplied as the BF16 values that they are.
 //
 // For few tokens the packed weights' bytes bound it, for many the tensor cores. Weights are the left operand, 64 rows a
 // warpgroup product, and come from registers: records (packed_experts_plan.h) are copied whole to shared memory, each
-// thread reads its 64 codes of a block and widens them by byte permutations to E4M3 in the order that the instruction
+// thread reads its 64 codes of a block and widens them by byte permutations to BF16 in the order that the instruction
 // wants, so widened weights are never stored. An expert's tokens are the columns. A CTA takes an item: 256 packed rows
 // of one expert and one tile of its tokens; a producer warp keeps a ring of stages full across items. Gate and up rows
 // alternate in a tile, so SwiGLU happens in registers; the item's 128 activations of a token are one quantisation
@@ -14,6 +15,7 @@
 #include "engine/device/cuda_device.h"
 #include "engine/device/tensor_map.h"
 #include "engine/ops/cuda_format.cuh"
+#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/packed_experts_block.cuh"
 #include "engine/ops/packed_experts_kernels.h"
 #include "engine/ops/sm90.cuh"
@@ -34,16 +36,12 @@ struct GemmArgs {
   const PackedExpertTile* tiles = nullptr;
   const int32_t* num_tiles = nullptr;
   const int32_t* order = nullptr;
-  const float* x_scales = nullptr;
-  int64_t x_scales_ld = 0;
   int top_k = 1;
   int64_t rows_out = 0;  // I or D
   // Gate and up.
   const float* pair_weights = nullptr;
   float limit = 0;
-  uint8_t* codes = nullptr;
-  float* scales = nullptr;
-  int64_t scales_ld = 0;
+  Bf16* activations = nullptr;
   // Down.
   Bf16* out = nullptr;
 };
@@ -61,18 +59,16 @@ struct Config {
   static constexpr int kConsumerRegisters = kPath == ExpertPath::kFew ? 112 : 232;
   static constexpr int kProducerRegisters = kPath == ExpertPath::kFew ? 32 : 40;
   static_assert(kConsumerThreads * kConsumerRegisters + 128 * kProducerRegisters <= kThreads * kStartRegisters);
-  static constexpr int kStages = kPath == ExpertPath::kFew ? 8 : 6;
-  // A stage: activations, one record a warpgroup, the tokens' scales of this block.
-  static constexpr int kXBytes = kTokens * kExpertBlockK;
-  static constexpr int kScaleStride = kTokens / 4 + 4;  // floats a column pair; the pad keeps four lanes off one bank
-  static constexpr int kStageBytes =
-      (kXBytes + kGroups * kExpertRecordBytes + 4 * kScaleStride * 4 + 1023) / 1024 * 1024;
+  static constexpr int kStages = kPath == ExpertPath::kFew ? 9 : 4;
+  // A stage: activations in two boxes of 64 of K, one record a warpgroup.
+  static constexpr int kXBoxBytes = kTokens * 128, kXBytes = 2 * kXBoxBytes;
+  static constexpr int kStageBytes = (kXBytes + kGroups * kExpertRecordBytes + 1023) / 1024 * 1024;
   // Results of a pass by token, BF16; the pad of 16 bytes spreads eight tokens over all banks.
   static constexpr int kResultBytes = (kHalf == Half::kGateUp ? 128 : kGroups * kExpertTileRows) * 2 + 16;
   static constexpr int kResultAt = kStages * kStageBytes;
   static constexpr int kTokenAt = kResultAt + kTokens * kResultBytes;  // a token's weight, or its pair
-  static constexpr int kTableAt = kTokenAt + kTokens * 4;
-  static constexpr int kBarrierAt = kTableAt + 128;
+  static constexpr int kTableAt = (kTokenAt + kTokens * 4 + 15) / 16 * 16;
+  static constexpr int kBarrierAt = kTableAt + 256;
   static constexpr int kSmemBytes = kBarrierAt + 2 * kStages * 8 + 1024;
   static_assert(kSmemBytes <= kCtaSmemBytes, "the ring, a pass's results and the barriers");
 };
@@ -105,8 +101,8 @@ struct Consumer {
 
   template <int kN>
   __device__ inline void Item(const PackedExpertTile& tile, int item) {
-    const int group = threadIdx.x / 128, t = threadIdx.x % 128, lane = t % 32;
-    const uint2* table = reinterpret_cast<const uint2*>(smem + C::kTableAt);
+    const int group = threadIdx.x / 128, t = threadIdx.x % 128;
+    const uint4* table = reinterpret_cast<const uint4*>(smem + C::kTableAt);
     // What the epilogue needs of this thread's token is asked for early.
     int32_t pair = 0;
     float pair_weight = 0;
@@ -120,17 +116,18 @@ struct Consumer {
       Widen(smem + at.stage * C::kStageBytes + C::kXBytes + group * kExpertRecordBytes, table, t, w);
     };
     const auto issue = [&](RingPlace at, const WidenedBlock& w, float* sums) {
-      const uint64_t x = sm90::TileDescriptor(smem + at.stage * C::kStageBytes);
       sm90::ProductFence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sm90::Product<kN>::Fp8(sums, w.a + 4 * k, x + 2 * k, k > 0);
+      for (int k = 0; k < 8; ++k) {
+        // Sixteen of K are 32 bytes of a box.
+        const uint64_t x = sm90::TileDescriptor(smem + at.stage * C::kStageBytes + k / 4 * C::kXBoxBytes) + k % 4 * 2;
+        sm90::Product<kN>::Bf16(sums, w.a + 4 * k, x, k > 0);
+      }
       sm90::ProductCommit();
     };
     const auto finish = [&](RingPlace at, const WidenedBlock& w, const float* sums, float* total) {
       sm90::ProductWait<0>();
-      const float* token_scales = reinterpret_cast<const float*>(smem + at.stage * C::kStageBytes + C::kXBytes +
-                                                                 C::kGroups * kExpertRecordBytes);
-      Promote<kN>(sums, w, token_scales + lane % 4 * C::kScaleStride, total);
+      Promote<kN>(sums, w, total);
       Release(at.stage);
     };
 
@@ -176,7 +173,7 @@ struct Consumer {
         StoreRows<kN>(tile, item, pass, group, t, pair, total);
       }
     }
-    if constexpr (kHalf == Half::kGateUp) Quantise(tile, item);
+    if constexpr (kHalf == Half::kGateUp) Round(tile, item);
   }
 
   // SwiGLU of a pass into the results by token. The first barrier of an item also says that the last item's results
@@ -202,26 +199,18 @@ struct Consumer {
     StoreColumns<kN>(matrices, smem + C::kResultAt + column * 2, C::kResultBytes, lane);
   }
 
-  // The item's 128 activations of each token are a group: one warp a token.
-  __device__ inline void Quantise(const PackedExpertTile& tile, int item) {
+  // The item's 128 activations of each token are a quantisation group: one warp a token.
+  __device__ inline void Round(const PackedExpertTile& tile, int item) {
     Meet();
     const int lane = threadIdx.x % 32;
     const int64_t column = static_cast<int64_t>(item) * 128 + lane * 4;
     for (int token = threadIdx.x / 32; token < tile.count; token += C::kConsumerThreads / 32) {
       const uint2 raw = *reinterpret_cast<const uint2*>(smem + C::kResultAt + token * C::kResultBytes + lane * 8);
       const float v[4] = {LowBf16(raw.x), HighBf16(raw.x), LowBf16(raw.y), HighBf16(raw.y)};
-      // Of the bits, not the values: a NaN must win so that the scale shows it.
-      uint32_t amax = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) amax = max(amax, __float_as_uint(v[i]) & 0x7fffffffu);
-      amax = __reduce_max_sync(kFullWarp, amax);
-      const int exponent = ActQuantScale(__uint_as_float(amax));
-      const float inverse = PowerOfTwo(-exponent);
-      const uint32_t low = __nv_cvt_float2_to_fp8x2({v[0] * inverse, v[1] * inverse}, __NV_SATFINITE, __NV_E4M3);
-      const uint32_t high = __nv_cvt_float2_to_fp8x2({v[2] * inverse, v[3] * inverse}, __NV_SATFINITE, __NV_E4M3);
-      const int64_t place = tile.begin + token;
-      if (column < a.rows_out) *reinterpret_cast<uint32_t*>(a.codes + place * a.rows_out + column) = low | high << 16;
-      if (lane == 0) a.scales[place * a.scales_ld + item] = PowerOfTwo(exponent);
+      float scale;
+      const uint32_t codes = QuantiseGroup(v, scale);
+      if (column >= a.rows_out) continue;
+      StoreRoundedFour(codes, scale, a.activations + (tile.begin + token) * a.rows_out + FragmentPlace(column));
     }
   }
 
@@ -258,25 +247,23 @@ template <Half kHalf, ExpertPath kPath>
 __device__ inline void Produce(const CUtensorMap& x_map, const GemmArgs& a, uint8_t* smem, Barrier* full,
                                Barrier* empty) {
   using C = Config<kHalf, kPath>;
+  // Few tokens of an expert lie anywhere in x and are copied one by one; many have been gathered.
+  constexpr bool kScattered = kHalf == Half::kGateUp && kPath == ExpertPath::kFew;
   const int lane = threadIdx.x % 32, total = *a.num_tiles * a.items;
   constexpr uint64_t kPolicy = kPath == ExpertPath::kFew ? sm90::kEvictFirst : sm90::kEvictNormal;
   RingPlace ring;
   for (int index = blockIdx.x; index < total; index += gridDim.x) {
     const PackedExpertTile tile = a.tiles[index / a.items];
     const int item = index % a.items;
-    // The rows of x of this lane's tokens, and where their scales lie.
-    constexpr int kPerLane = C::kTokens / 32;
+    // The rows of x of this lane's tokens.
+    constexpr int kPerLane = (C::kTokens + 31) / 32;
     int row[kPerLane];
-    const float* scale[kPerLane];
+    if constexpr (kScattered) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int place = tile.begin + min(lane + 32 * i, tile.count - 1);
-      row[i] = kHalf == Half::kGateUp ? a.order[place] / a.top_k : place;
-      scale[i] = a.x_scales + row[i] * a.x_scales_ld;
+      for (int i = 0; i < kPerLane; ++i) row[i] = a.order[tile.begin + min(lane + 32 * i, tile.count - 1)] / a.top_k;
     }
     const int boxes = (tile.count + 7) / 8;
-    const uint32_t bytes =
-        C::kGroups * kExpertRecordBytes + (kHalf == Half::kGateUp ? tile.count : boxes * 8) * kExpertBlockK;
+    const uint32_t bytes = C::kGroups * kExpertRecordBytes + (kScattered ? tile.count : boxes * 8) * kExpertBlockK * 2;
     for (int pass = 0; pass < C::kPasses; ++pass) {
       const uint8_t* record =
           a.weights + tile.expert * a.expert_bytes +
@@ -292,28 +279,22 @@ __device__ inline void Produce(const CUtensorMap& x_map, const GemmArgs& a, uint
                          record + (static_cast<int64_t>(lane) * a.blocks + b) * kExpertRecordBytes, kExpertRecordBytes,
                          barrier, kPolicy);
         }
-        if constexpr (kHalf == Half::kGateUp) {
 #pragma unroll
-          for (int i = 0; i < kPerLane; ++i) {
-            const int token = lane + 32 * i;
-            if (token < tile.count) {
-              sm90::TensorCopy(stage + token * kExpertBlockK, &x_map, b * kExpertBlockK, row[i], barrier,
-                               sm90::kEvictLast);
+        for (int box = 0; box < 2; ++box) {
+          uint8_t* x = stage + box * C::kXBoxBytes;
+          const int k = b * kExpertBlockK + box * 64;
+          if constexpr (kScattered) {
+#pragma unroll
+            for (int i = 0; i < kPerLane; ++i) {
+              const int token = lane + 32 * i;
+              if (token < tile.count) {
+                sm90::TensorCopy(x + token * 128, &x_map, k, row[i], barrier, sm90::kEvictLast);
+              }
             }
-          }
-        } else if (lane < boxes) {
-          sm90::TensorCopy(stage + lane * 8 * kExpertBlockK, &x_map, b * kExpertBlockK, tile.begin + 8 * lane, barrier,
-                           sm90::kEvictLast);
-        }
-        float* scales = reinterpret_cast<float*>(stage + C::kXBytes + C::kGroups * kExpertRecordBytes);
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-          const int token = lane + 32 * i;
-          if (token < tile.count) {
-            sm90::CopyWord(scales + token % 8 / 2 * C::kScaleStride + token / 8 * 2 + token % 2, scale[i] + b);
+          } else if (lane < boxes) {
+            sm90::TensorCopy(x + lane * 8 * 128, &x_map, k, tile.begin + 8 * lane, barrier, sm90::kEvictLast);
           }
         }
-        sm90::CopyArrive(barrier);
       }
     }
   }
@@ -329,14 +310,14 @@ __global__ void __launch_bounds__(Config<kHalf, kPath>::kThreads, 1)
   Barrier* empty = full + C::kStages;
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
-      sm90::BarrierInit(full + s, 1 + 32);  // the announcement, and each producer lane's scales
+      sm90::BarrierInit(full + s, 1);
       sm90::BarrierInit(empty + s, C::kConsumerThreads / 32);
     }
     sm90::BarrierInitFence();
     sm90::PrefetchMap(&x_map);
   }
   if (threadIdx.x <= kMaxExponentDistance) {
-    reinterpret_cast<uint2*>(smem + C::kTableAt)[threadIdx.x] = MagnitudeTable(threadIdx.x);
+    reinterpret_cast<uint4*>(smem + C::kTableAt)[threadIdx.x] = MagnitudeTable(threadIdx.x);
   }
   __syncthreads();
   sm90::WaitForPreviousKernel();
@@ -358,10 +339,8 @@ __global__ void __launch_bounds__(Config<kHalf, kPath>::kThreads, 1)
     if constexpr (kPath == ExpertPath::kFew) {
       if (columns <= 1) {
         consumer.template Item<8>(tile, item);
-      } else if (columns <= 2) {
-        consumer.template Item<16>(tile, item);
       } else {
-        consumer.template Item<32>(tile, item);
+        consumer.template Item<16>(tile, item);
       }
     } else {
       if (columns <= 2) {
@@ -406,8 +385,8 @@ void LaunchPath(ExpertPath path, const CUtensorMap& x_map, const GemmArgs& a, in
 
 }  // namespace
 
-void ExpertGateUp(ExpertPath path, const PackedExpertWeights& w, Fp8Rows x, int64_t rows, const float* weights,
-                  int top_k, float limit, const ExpertWorkspace& workspace, int multiprocessors, cudaStream_t stream) {
+void ExpertGateUp(ExpertPath path, const ExpertWeights& w, RoundedRows x, int64_t rows, const float* weights, int top_k,
+                  float limit, const ExpertWorkspace& workspace, int multiprocessors, cudaStream_t stream) {
   GemmArgs a;
   a.weights = w.gate_up;
   a.expert_bytes = PackedGateUpBytes(w.hidden, w.width);
@@ -416,21 +395,19 @@ void ExpertGateUp(ExpertPath path, const PackedExpertWeights& w, Fp8Rows x, int6
   a.tiles = workspace.tiles;
   a.num_tiles = workspace.num_tiles;
   a.order = workspace.order;
-  a.x_scales = x.scales;
-  a.x_scales_ld = x.scales_ld;
   a.top_k = top_k;
   a.rows_out = w.width;
   a.pair_weights = weights;
   a.limit = limit;
-  a.codes = workspace.codes;
-  a.scales = workspace.scales;
-  a.scales_ld = ExpertBlocks(w.width);
-  // One row a box: an expert's tokens lie anywhere.
-  const CUtensorMap x_map = MakeTensorMap(TensorElement::kByte, x.codes, rows, w.hidden, x.ld, 1);
+  a.activations = workspace.activations;
+  const CUtensorMap x_map =
+      path == ExpertPath::kMany
+          ? MakeTensorMap(TensorElement::kBf16, workspace.gathered, rows * top_k, w.hidden, w.hidden, 8)
+          : MakeTensorMap(TensorElement::kBf16, x.data, rows, w.hidden, x.ld, 1);
   LaunchPath<Half::kGateUp>(path, x_map, a, rows * top_k, w.num_experts, multiprocessors, stream);
 }
 
-void ExpertDown(ExpertPath path, const PackedExpertWeights& w, int64_t pairs, const ExpertWorkspace& workspace,
+void ExpertDown(ExpertPath path, const ExpertWeights& w, int64_t pairs, const ExpertWorkspace& workspace,
                 Bf16* expert_rows, int multiprocessors, cudaStream_t stream) {
   GemmArgs a;
   a.weights = w.down;
@@ -440,11 +417,9 @@ void ExpertDown(ExpertPath path, const PackedExpertWeights& w, int64_t pairs, co
   a.tiles = workspace.tiles;
   a.num_tiles = workspace.num_tiles;
   a.order = workspace.order;
-  a.x_scales = workspace.scales;
-  a.x_scales_ld = ExpertBlocks(w.width);
   a.rows_out = w.hidden;
   a.out = expert_rows;
-  const CUtensorMap x_map = MakeTensorMap(TensorElement::kByte, workspace.codes, pairs, w.width, w.width, 8);
+  const CUtensorMap x_map = MakeTensorMap(TensorElement::kBf16, workspace.activations, pairs, w.width, w.width, 8);
   LaunchPath<Half::kDown>(path, x_map, a, pairs, w.num_experts, multiprocessors, stream);
 }
 

@@ -5,8 +5,8 @@
 // A packed matrix holds the checkpoint's bytes of FP4 weights, no more: E2M1 codes and one scale per 32. Rows are
 // gathered in tiles of 64, K in blocks of 128; one tile's block is a record, contiguous, in the order in which the
 // threads of a warpgroup hold a product's left operand. Its scales become, per row, the largest exponent of the block's
-// four groups and each group's distance below it: a group's codes are widened to E4M3 times 2^-distance, which is exact
-// up to a distance of 14 (0.5 * 2^6 * 2^-14 is the smallest E4M3 value). So a block of 128 is one sum with one scale.
+// four groups and each group's distance below it, in four bits: a group's codes are widened to BF16 times 2^-distance.
+// So a block of 128 is one sum with one scale.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,7 @@ constexpr int kExpertScaleBytes = kExpertTileRows * 4;
 constexpr int kExpertRecordBytes = kExpertCodeBytes + kExpertScaleBytes;
 constexpr int kExpertItemTiles = 4;  // packed tiles of a work item: 256 rows, or 128 gate and 128 up rows
 constexpr int kExpertItemRows = kExpertTileRows * kExpertItemTiles;
-constexpr int kMaxExponentDistance = 14;
-constexpr int kWidenedExponent = 6;  // codes are widened times 2^6: 6 * 2^6 = 384 is below E4M3's 448
+constexpr int kMaxExponentDistance = 15;
 
 // Record and bytes of one expert's matrices. Gate and up share one, 128 rows of each an item; rows and K are padded
 // with zeros to whole items and blocks.
@@ -35,10 +34,10 @@ constexpr int64_t PackedDownBytes(int64_t hidden, int64_t width) {
   return DownItems(hidden) * kExpertItemTiles * ExpertBlocks(width) * kExpertRecordBytes;
 }
 
-// Token tiles: `kFew` takes up to 32 rows of an expert with four warpgroups a CTA, each one packed tile; `kMany` up to
+// Token tiles: `kFew` takes up to 16 rows of an expert with four warpgroups a CTA, each one packed tile; `kMany` up to
 // 128 with two, which walk an item's tiles in two passes.
 enum class ExpertPath { kFew, kMany };
-constexpr int ExpertTileTokens(ExpertPath path) { return path == ExpertPath::kFew ? 32 : 128; }
+constexpr int ExpertTileTokens(ExpertPath path) { return path == ExpertPath::kFew ? 16 : 128; }
 constexpr ExpertPath ChooseExpertPath(int64_t pairs, int num_experts) {
   return pairs <= int64_t{8} * num_experts ? ExpertPath::kFew : ExpertPath::kMany;
 }

@@ -99,6 +99,8 @@ __device__ inline void CopyArrive(Barrier* b) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SmemAddress(b)) : "memory");
 }
 
+__device__ inline void PrefetchL2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory"); }
+
 // Clusters.
 __device__ inline uint32_t ClusterRank() {
   uint32_t rank;
@@ -117,6 +119,21 @@ __device__ inline uint32_t RemoteAddress(const void* p, uint32_t rank) {
 }
 __device__ inline void StoreRemote(uint32_t address, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ inline float LoadRemote(uint32_t address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ inline float4 LoadRemote4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
 }
 
 // Some of a CTA's threads meet; `id` 1 to 15.
@@ -148,6 +165,27 @@ __device__ inline void StoreTransposed1(void* row, uint32_t a) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(SmemAddress(row)), "r"(a) : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit values, one row address a lane: fragments of a warp's product. Transposed: of columns.
+__device__ inline void LoadMatrices(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(SmemAddress(row)));
+}
+__device__ inline void LoadMatricesTransposed(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(SmemAddress(row)));
+}
+// A warp's product of 16 x 16 with 16 x 8 BF16, added to c: a lane holds rows lane / 4 and eight further, columns
+// 2 * (lane % 4) and the next.
+__device__ inline void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Warpgroup products. Registers of an operand must not change between ProductFence and the ProductWait that covers
 // them.
 __device__ inline void ProductFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -168,27 +206,27 @@ __device__ inline uint64_t TileDescriptor(const void* tile) {
 template <int kN>
 struct Product;
 
-#define MILLRACE_PRODUCT(N, NAMES, P0, P1, P2, P3, P4, P5, ...)                                           \
-  template <>                                                                                             \
-  struct Product<N> {                                                                                     \
-    static __device__ inline void Fp8(float* d, uint64_t a, uint64_t b, int add) {                        \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N    \
-                   "k32.f32.e4m3.e4m3 {" NAMES "}, " P0 ", " P1 ", p, 1, 1;\n}"                           \
-                   : __VA_ARGS__                                                                          \
-                   : "l"(a), "l"(b), "r"(add));                                                           \
-    }                                                                                                     \
-    static __device__ inline void Fp8(float* d, const uint32_t* a, uint64_t b, int add) {                 \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N    \
-                   "k32.f32.e4m3.e4m3 {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1;\n}" \
-                   : __VA_ARGS__                                                                          \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                       \
-    }                                                                                                     \
-    static __device__ inline void Bf16(float* d, uint64_t a, uint64_t b, int add) {                       \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N    \
-                   "k16.f32.bf16.bf16 {" NAMES "}, " P0 ", " P1 ", p, 1, 1, 0, 0;\n}"                     \
-                   : __VA_ARGS__                                                                          \
-                   : "l"(a), "l"(b), "r"(add));                                                           \
-    }                                                                                                     \
+#define MILLRACE_PRODUCT(N, NAMES, P0, P1, P2, P3, P4, P5, ...)                                              \
+  template <>                                                                                                \
+  struct Product<N> {                                                                                        \
+    static __device__ inline void Fp8(float* d, const uint32_t* a, uint64_t b, int add) {                    \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N       \
+                   "k32.f32.e4m3.e4m3 {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1;\n}"    \
+                   : __VA_ARGS__                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                          \
+    }                                                                                                        \
+    static __device__ inline void Bf16(float* d, uint64_t a, uint64_t b, int add) {                          \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N       \
+                   "k16.f32.bf16.bf16 {" NAMES "}, " P0 ", " P1 ", p, 1, 1, 0, 0;\n}"                        \
+                   : __VA_ARGS__                                                                             \
+                   : "l"(a), "l"(b), "r"(add));                                                              \
+    }                                                                                                        \
+    static __device__ inline void Bf16(float* d, const uint32_t* a, uint64_t b, int add) {                   \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N       \
+                   "k16.f32.bf16.bf16 {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1, 0;\n}" \
+                   : __VA_ARGS__                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                          \
+    }                                                                                                        \
   }
 
 // clang-format off

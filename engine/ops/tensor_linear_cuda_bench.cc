@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Times the dense products of cuda_tensor_linear.h at the shapes of both models, and checks samples of what it timed.
+// Times the dense products of cuda_linear.h at the shapes of both models, and checks samples of what it timed.
 //
 //   tensor_linear_cuda_bench [CSV] [COMMIT]
 //
@@ -11,7 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/device/cuda_bench.h"
-#include "engine/ops/cuda_tensor_linear.h"
+#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/rounding.h"
 
 namespace millrace::cuda {
@@ -35,18 +35,18 @@ struct Operands {
       FillRandom(w.data(), s.n * s.k, seed, 0xbf, 0, nullptr);
       w_scales = take((s.n + 127) / 128 * blocks + 16);
       FillRandom(w_scales.data(), (s.n + 127) / 128 * blocks + 3, seed + 1, 0x03, 118, nullptr);
-      codes = take(s.rows * width);
-      scales = take(s.rows * blocks * 4);
+      rounded = take(s.rows * width * 2);
+      scratch = take(std::max<int64_t>(LinearScratchBytes(s.n, s.k, s.rows), 1));
     } else {
       FillRandomBf16(w.data(), s.groups * s.n * s.k, seed, nullptr);
     }
     FillRandomBf16(x.data(), s.rows * width, seed + 2, nullptr);
-    if (fp8) QuantiseRows(X(s), s.rows, s.k, codes.data(), Scales(), nullptr);
+    if (fp8) RoundRows(X(s), s.rows, s.k, Rounded(), nullptr);
     CUDA_CHECK(cudaDeviceSynchronize());
   }
   Bf16Rows X(const Shape& s) const { return {reinterpret_cast<const Bf16*>(x.data()), s.groups * s.k}; }
-  float* Scales() const { return reinterpret_cast<float*>(scales.data()); }
-  DeviceBuffer w, w_scales, x, codes, scales;
+  Bf16* Rounded() const { return reinterpret_cast<Bf16*>(rounded.data()); }
+  DeviceBuffer w, w_scales, x, rounded, scratch;
 };
 
 template <typename T>
@@ -63,15 +63,13 @@ double WorstError(const Shape& s, bool fp8, const Operands& o, const uint16_t* o
   for (int i = 0; i < 64; ++i) {
     const int64_t row = (i * 7919 + 13) % s.rows, n = (i * 104729 + 31) % (s.n * s.groups), group = n / s.n;
     const auto w = fp8 ? std::vector<uint16_t>() : Read<uint16_t>(o.w.data() + n * s.k * 2, s.k);
-    const auto x = fp8 ? std::vector<uint16_t>() : Read<uint16_t>(o.x.data() + (row * width + group * s.k) * 2, s.k);
+    const auto x = Read<uint16_t>((fp8 ? o.rounded : o.x).data() + (row * width + group * s.k) * 2, s.k);
     const auto wq = fp8 ? Read<uint8_t>(o.w.data() + n * s.k, s.k) : std::vector<uint8_t>();
-    const auto xq = fp8 ? Read<uint8_t>(o.codes.data() + row * s.k, s.k) : std::vector<uint8_t>();
     const auto ws = fp8 ? Read<uint8_t>(o.w_scales.data() + n / 128 * blocks, blocks) : std::vector<uint8_t>();
-    const auto xs = fp8 ? Read<float>(o.scales.data() + row * blocks * 4, blocks) : std::vector<float>();
     double sum = 0, magnitude = 0;
     for (int64_t k = 0; k < s.k; ++k) {
       const double term =
-          fp8 ? static_cast<double>(DecodeE4m3(wq[k])) * DecodeE8m0(ws[k / 128]) * DecodeE4m3(xq[k]) * xs[k / 128]
+          fp8 ? static_cast<double>(DecodeE4m3(wq[k])) * DecodeE8m0(ws[k / 128]) * DecodeBf16(x[FragmentPlace(k)])
               : static_cast<double>(DecodeBf16(w[k])) * DecodeBf16(x[k]);
       sum += term;
       magnitude += std::abs(term);
@@ -85,7 +83,7 @@ double WorstError(const Shape& s, bool fp8, const Operands& o, const uint16_t* o
 
 int Run(const Shape& s, bool fp8, BenchReport& report) {
   const double w_bytes = static_cast<double>(s.groups) * s.n * s.k * (fp8 ? 1 : 2);
-  const double x_bytes = static_cast<double>(s.rows) * s.groups * s.k * (fp8 ? 1 : 2);
+  const double x_bytes = 2.0 * s.rows * s.groups * s.k;
   const double out_bytes = 2.0 * s.rows * s.n * s.groups;
   const double flops = 2.0 * s.rows * s.n * s.k * s.groups;
   // Together four times the L2 cache, where that takes more than one set.
@@ -96,30 +94,25 @@ int Run(const Shape& s, bool fp8, BenchReport& report) {
   const auto launch = [&](int set, cudaStream_t stream) {
     const Operands& o = operands[set];
     const LinearOut to(reinterpret_cast<Bf16*>(out.data()), s.n * s.groups);
-    TensorLinear({fp8 ? WeightKind::kFp8 : WeightKind::kBf16,
-                  {fp8 ? WeightKind::kFp8 : WeightKind::kBf16, s.n, s.k, o.w.data(), o.w_scales.data()},
-                  s.groups,
-                  fp8 ? static_cast<const void*>(o.codes.data()) : o.x.data(),
-                  s.groups * s.k,
-                  o.Scales(),
-                  (s.k + 127) / 128,
-                  s.rows,
-                  to},
-                 stream);
+    if (fp8) {
+      const Weight w{WeightKind::kFp8, s.n, s.k, o.w.data(), o.w_scales.data()};
+      return LinearFp8(w, {o.Rounded(), s.k}, s.rows, to, o.scratch.data(), stream);
+    }
+    LinearGrouped({WeightKind::kBf16, s.n, s.k, o.w.data()}, s.groups, o.X(s), s.rows, to, stream);
   };
   CUDA_CHECK(cudaMemset(out.data(), 0xff, out.bytes()));
   launch(0, nullptr);
   CUDA_CHECK(cudaDeviceSynchronize());
   const double worst = WorstError(s, fp8, operands[0], Read<uint16_t>(out.data(), s.rows * s.n * s.groups).data());
-  const bool good = worst >= 0 && worst <= (fp8 ? 1e-3 : 2e-6);
-  const double floor_us = std::max((w_bytes + x_bytes + out_bytes) / 3e6, flops / 1.5e9);
+  const bool good = worst >= 0 && worst <= 2e-6;
+  const double floor_us = std::max((w_bytes + x_bytes + out_bytes) / 3e6, flops / 0.8e9);
   const int launches = static_cast<int>(std::clamp(4000.0 / floor_us, 4.0, 200.0));
   const Timing timing = TimeLaunches(launches, sets, 7, launch);
   report.Add({fp8            ? "linear fp8"
               : s.groups > 1 ? "linear bf16 grouped"
                              : "linear bf16",
               absl::StrCat(s.name, " ", s.rows, "x", s.n, "x", s.k, s.groups > 1 ? absl::StrCat("x", s.groups) : ""),
-              timing, w_bytes + x_bytes + out_bytes, flops, fp8 ? kFp8FlopsPerSecond : kBf16FlopsPerSecond,
+              timing, w_bytes + x_bytes + out_bytes, flops, kBf16FlopsPerSecond,
               good ? absl::StrCat("error ", worst) : absl::StrCat("WRONG ", worst)});
   return good ? 0 : 1;
 }

@@ -12,14 +12,14 @@
 #include <random>
 #include <vector>
 
-#include "engine/ops/cuda_tensor_linear.h"
+#include "engine/ops/cuda_quantise.h"
 #include "engine/ops/cuda_test_util.h"
 #include "engine/ops/rounding.h"
 
 namespace millrace::cuda {
 namespace {
 
-constexpr double kFp8Bound = 1e-3, kBf16Bound = 2e-6;  // of the sum of magnitudes
+constexpr double kBound = 2e-6;  // of the sum of magnitudes
 
 // Values with a wide spread of magnitudes and some outliers, as activations have.
 std::vector<uint16_t> RandomBf16Bits(int64_t count, uint32_t seed) {
@@ -66,20 +66,18 @@ struct Fp8Case {
         weight_data(weight_host),
         weight_scales(scales_host),
         x(x_host),
-        codes(max_rows * s.k),
-        scales(max_rows * groups) {
-    QuantiseRows({reinterpret_cast<const Bf16*>(x.data()), s.k}, max_rows, s.k, codes.data(), scales.data(), nullptr);
-    codes_host = codes.Fetch();
-    x_scales_host = scales.Fetch();
+        rounded(max_rows * s.k),
+        scratch(s.n * s.k) {
+    RoundRows({reinterpret_cast<const Bf16*>(x.data()), s.k}, max_rows, s.k, rounded.data(), nullptr);
+    rounded_host = FromDeviceBf16(rounded.Fetch());
   }
   Weight weight() { return {WeightKind::kFp8, shape.n, shape.k, weight_data.data(), weight_scales.data()}; }
-  Fp8Rows rows() { return {codes.data(), shape.k, scales.data(), groups}; }
   // The exact product, and the sum of its terms' magnitudes.
   std::pair<double, double> Exact(int64_t row, int64_t n) const {
     double sum = 0, magnitude = 0;
     for (int64_t k = 0; k < shape.k; ++k) {
-      const double term = static_cast<double>(DecodeE4m3(codes_host[row * shape.k + k])) *
-                          x_scales_host[row * groups + k / 128] * DecodeE4m3(weight_host[n * shape.k + k]) *
+      const double term = static_cast<double>(rounded_host[row * shape.k + FragmentPlace(k)]) *
+                          DecodeE4m3(weight_host[n * shape.k + k]) *
                           DecodeE8m0(scales_host[n / 128 * groups + k / 128]);
       sum += term;
       magnitude += std::abs(term);
@@ -89,18 +87,16 @@ struct Fp8Case {
 
   Shape shape;
   int64_t groups;
-  std::vector<uint8_t> weight_host, scales_host, codes_host;
+  std::vector<uint8_t> weight_host, scales_host;
   std::vector<uint16_t> x_host;
-  std::vector<float> x_scales_host;
+  std::vector<float> rounded_host;
   DeviceArray<uint8_t> weight_data, weight_scales;
   DeviceArray<uint16_t> x;
-  DeviceArray<uint8_t> codes;
-  DeviceArray<float> scales;
+  DeviceArray<Bf16> rounded, scratch;
 };
 
 void RunProduct(Fp8Case& c, int64_t rows, LinearOut out) {
-  const Fp8Rows x = c.rows();
-  TensorLinear({WeightKind::kFp8, c.weight(), 1, x.codes, x.ld, x.scales, x.scales_ld, rows, out}, nullptr);
+  LinearFp8(c.weight(), {c.rounded.data(), c.shape.k}, rows, out, c.scratch.data(), nullptr);
 }
 
 std::vector<float> RunFp8(Fp8Case& c, int64_t rows) {
@@ -146,7 +142,7 @@ TEST_F(CudaTensorLinear, Fp8IsNearTheExactSumAndARowHasTheSameBitsAmongAnyNumber
     constexpr int64_t kRows = 4096;
     Fp8Case c(shape, kRows, static_cast<uint32_t>(shape.n + shape.k));
     const std::vector<float> all = RunFp8(c, kRows);
-    ExpectNearExact(all, kRows, shape.n, kFp8Bound, 0, [&](int64_t r, int64_t n) { return c.Exact(r, n); });
+    ExpectNearExact(all, kRows, shape.n, kBound, 0, [&](int64_t r, int64_t n) { return c.Exact(r, n); });
     for (const int64_t rows : kLadder) {
       EXPECT_EQ(DifferingRows(RunFp8(c, rows), all, rows, shape.n), 0) << rows << " rows";
     }
@@ -181,20 +177,12 @@ TEST_F(CudaTensorLinear, Bf16IsNearTheExactSumAndARowHasTheSameBitsAmongAnyNumbe
     DeviceArray<uint16_t> w(w_host), x(x_host);
     const auto run = [&](int64_t rows) {
       DeviceArray<float> out(rows * shape.n);
-      TensorLinear({WeightKind::kBf16,
-                    {WeightKind::kBf16, shape.n, shape.k, w.data(), nullptr},
-                    1,
-                    x.data(),
-                    shape.k,
-                    nullptr,
-                    0,
-                    rows,
-                    LinearOut(out.data(), shape.n)},
-                   nullptr);
+      LinearBf16({WeightKind::kBf16, shape.n, shape.k, w.data()}, {reinterpret_cast<const Bf16*>(x.data()), shape.k},
+                 rows, {out.data(), shape.n}, nullptr);
       return out.Fetch();
     };
     const std::vector<float> all = run(kRows);
-    ExpectNearExact(all, kRows, shape.n, kBf16Bound, 0, [&](int64_t r, int64_t n) {
+    ExpectNearExact(all, kRows, shape.n, kBound, 0, [&](int64_t r, int64_t n) {
       double sum = 0, magnitude = 0;
       for (int64_t k = 0; k < shape.k; ++k) {
         const double term =
@@ -219,29 +207,14 @@ TEST_F(CudaTensorLinear, GroupsSideBySideAreTheProductsOfEachGroup) {
                                 x_host = RandomBf16Bits(rows * kGroups * kK, 22);
     DeviceArray<uint16_t> w(w_host), x(x_host);
     DeviceArray<float> together(rows * kGroups * kN);
-    TensorLinear({WeightKind::kBf16,
-                  {WeightKind::kBf16, kN, kK, w.data(), nullptr},
-                  kGroups,
-                  x.data(),
-                  kGroups * kK,
-                  nullptr,
-                  0,
-                  rows,
-                  LinearOut(together.data(), kGroups * kN)},
-                 nullptr);
+    const Bf16* x_data = reinterpret_cast<const Bf16*>(x.data());
+    LinearGrouped({WeightKind::kBf16, kN, kK, w.data()}, kGroups, {x_data, kGroups * kK}, rows,
+                  {together.data(), kGroups * kN}, nullptr);
     const std::vector<float> got = together.Fetch();
     for (int g = 0; g < kGroups; ++g) {
       DeviceArray<float> alone(rows * kN);
-      TensorLinear({WeightKind::kBf16,
-                    {WeightKind::kBf16, kN, kK, w.data() + g * kN * kK, nullptr},
-                    1,
-                    x.data() + g * kK,
-                    kGroups * kK,
-                    nullptr,
-                    0,
-                    rows,
-                    LinearOut(alone.data(), kN)},
-                   nullptr);
+      LinearBf16({WeightKind::kBf16, kN, kK, w.data() + g * kN * kK}, {x_data + g * kK, kGroups * kK}, rows,
+                 {alone.data(), kN}, nullptr);
       const std::vector<float> want = alone.Fetch();
       for (int64_t r = 0; r < rows; ++r) {
         ASSERT_EQ(std::memcmp(got.data() + (r * kGroups + g) * kN, want.data() + r * kN, kN * sizeof(float)), 0)

@@ -2,7 +2,9 @@
 // Dense products of few rows: the weight is read once, at the memory's rate.
 //
 // The operands change places: 64 weight rows are what a warpgroup product calls A, the rows of x are its columns, 8 to
-// 64 of them. Where the outputs alone cannot occupy the card, the CTAs of a cluster share the blocks of K. Each block's
+// 64 of them. FP8 weights are widened to BF16 on their way from shared memory to the registers that A may come from, in
+// the order in which a matrix load hands out their bytes: that is FragmentPlace (cuda_quantise.h), in which x lies too.
+// Where the outputs alone cannot occupy the card, the CTAs of a cluster share the blocks of K. Each block's
 // scaled sums then go, as they are made, to the CTA that closes those outputs, which adds them in ascending order at
 // the end: the same additions in the same order as one CTA alone, so neither the cut nor the number of rows changes a
 // bit.
@@ -22,15 +24,12 @@ using sm90::Barrier;
 
 constexpr int kConsumerThreads = 128;  // one warpgroup
 constexpr int kThreads = kConsumerThreads + 32;
-constexpr int kWeightBytes = kSkinnyOutputs * kBlockBytes;  // of one block
 
 struct SkinnyArgs {
   int64_t rows = 0, n = 0;
   int blocks = 0, per_cta = 0, stages = 0;
   int64_t x_group = 0;  // elements of x from one group's first column to the next
   const uint8_t* w_scales = nullptr;
-  const float* x_scales = nullptr;
-  int64_t x_scales_ld = 0;
   LinearOut out{static_cast<float*>(nullptr), 0};
 };
 
@@ -48,6 +47,24 @@ __device__ inline void Store(const SkinnyArgs& a, int64_t row, int64_t n, float 
   }
 }
 
+// A warp's part of one block of FP8 weights as eight fragments of A.
+__device__ inline void WidenWeights(const uint8_t* tile, uint32_t (&a)[32]) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    // Rows of 128 bytes, their eight chunks exchanged by the copy's swizzle.
+    const int chunk = (2 * pair + lane / 16) ^ (row & 7);
+    uint32_t codes[4];  // rows and eight further, of two steps of 16
+    sm90::LoadMatrices(codes, tile + row * kBoxBytes + chunk * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = 4 * (2 * pair + i / 2) + i % 2;
+      a[at] = WidenE4m3ToBf16(codes[i], 0);
+      a[at + 2] = WidenE4m3ToBf16(codes[i], 1);
+    }
+  }
+}
+
 // Grid: cluster rank and tile of outputs, tile of rows, group. kShared: the blocks of K are shared by a cluster.
 template <WeightKind kKind, int kRows, bool kShared>
 __global__ void __launch_bounds__(kThreads)
@@ -56,10 +73,11 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ uint8_t smem_raw[];
   const int cluster = kShared ? 1 << cluster_log2 : 1;
   uint8_t* smem = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(smem_raw) + 1023) & ~uintptr_t{1023});
-  constexpr int kStageBytes = SkinnyStageBytes(kRows);
-  constexpr int kSums = kRows / 2, kColumns = kSums / 2;  // a thread's
+  constexpr int kValueBytes = kKind == WeightKind::kFp8 ? 1 : 2;
+  constexpr int kWeightBytes = SkinnyWeightBytes(kValueBytes), kStageBytes = SkinnyStageBytes(kRows, kValueBytes);
+  constexpr int kXBoxBytes = kRows * kBoxBytes;
+  constexpr int kSums = kRows / 2;  // a thread's
   constexpr int kOutputsLog2 = std::countr_zero(static_cast<unsigned>(kSkinnyOutputs * kRows));
-  constexpr int kBlockElements = kKind == WeightKind::kFp8 ? kBlockBytes : kBlockBytes / 2;
   // Sums handed over, of every block of K: [blocks][the outputs this CTA closes].
   float* sums = reinterpret_cast<float*>(smem + a.stages * kStageBytes);
   const int closed_log2 = kOutputsLog2 - cluster_log2, closed = 1 << closed_log2;
@@ -91,12 +109,19 @@ __global__ void __launch_bounds__(kThreads)
     const int x_column = static_cast<int>(blockIdx.z * a.x_group);
     const auto copy_weight = [&](int i, int stage) {
       sm90::BarrierExpect(full + stage, kStageBytes);
-      sm90::TensorCopy(smem + stage * kStageBytes, &w_map, (first_block + i) * kBlockElements, weight_row, full + stage,
-                       sm90::kEvictFirst);
+#pragma unroll
+      for (int box = 0; box < kValueBytes; ++box) {
+        sm90::TensorCopy(smem + stage * kStageBytes + box * kSkinnyOutputs * kBoxBytes, &w_map,
+                         (first_block + i) * kBlockK + box * kHalfK, weight_row, full + stage, sm90::kEvictFirst);
+      }
     };
     const auto copy_x = [&](int i, int stage) {
-      sm90::TensorCopy(smem + stage * kStageBytes + kWeightBytes, &x_map, x_column + (first_block + i) * kBlockElements,
-                       first_row, full + stage, sm90::kEvictLast);
+#pragma unroll
+      for (int box = 0; box < 2; ++box) {
+        sm90::TensorCopy(smem + stage * kStageBytes + kWeightBytes + box * kXBoxBytes, &x_map,
+                         x_column + (first_block + i) * kBlockK + box * kHalfK, first_row, full + stage,
+                         sm90::kEvictLast);
+      }
     };
     // Weights do not depend on the kernel before this one; the rows do.
     const int ahead = min(a.stages, count);
@@ -125,32 +150,24 @@ __global__ void __launch_bounds__(kThreads)
   const bool is_consumer = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kConsumerThreads, 0) == 0;
   if (is_consumer && count > 0) {
     sm90::WaitForPreviousKernel();
-    const float* x_scale[kColumns];  // of this thread's columns; beyond the last row: the last
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const int64_t row = min(static_cast<int64_t>(first_row + RowOf(threadIdx.x, j / 2 * 4 + j % 2)), a.rows - 1);
-      x_scale[j] = a.x_scales + row * a.x_scales_ld;
-    }
     const uint8_t* w_scales = a.w_scales + static_cast<int64_t>(first_output / 128) * a.blocks;
     int stage = 0, done = 0;  // next to read, next to release
     uint32_t parity = 0;
 
-    const auto issue = [&](int i, float* sum, float* scale) {
-      if constexpr (kKind == WeightKind::kFp8) {
-        const float w = DecodeE8m0(__ldg(w_scales + first_block + i));
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) scale[j] = x_scale[j][first_block + i] * w;
-      }
+    const auto issue = [&](float* sum, uint32_t(&widened)[32]) {
       sm90::BarrierWait(full + stage, parity);
-      const uint64_t w = sm90::TileDescriptor(smem + stage * kStageBytes);
-      const uint64_t x = sm90::TileDescriptor(smem + stage * kStageBytes + kWeightBytes);
+      const uint8_t* weights = smem + stage * kStageBytes;
+      if constexpr (kKind == WeightKind::kFp8) WidenWeights(weights, widened);
       sm90::ProductFence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
+      for (int k = 0; k < 8; ++k) {
+        // Sixteen of K are 32 bytes of a box.
+        const uint64_t x = sm90::TileDescriptor(weights + kWeightBytes + k / 4 * kXBoxBytes) + k % 4 * 2;
         if constexpr (kKind == WeightKind::kFp8) {
-          sm90::Product<kRows>::Fp8(sum, w + 2 * k, x + 2 * k, k > 0);
+          sm90::Product<kRows>::Bf16(sum, widened + 4 * k, x, k > 0);
         } else {
-          sm90::Product<kRows>::Bf16(sum, w + 2 * k, x + 2 * k, k > 0);
+          const uint64_t w = sm90::TileDescriptor(weights + k / 4 * kSkinnyOutputs * kBoxBytes) + k % 4 * 2;
+          sm90::Product<kRows>::Bf16(sum, w, x, k > 0);
         }
       }
       sm90::ProductCommit();
@@ -159,44 +176,44 @@ __global__ void __launch_bounds__(kThreads)
         parity ^= 1;
       }
     };
-    const auto finish = [&](int i, const float* sum, const float* scale) {
+    const auto finish = [&](int i, const float* sum) {
       if (threadIdx.x % 32 == 0) sm90::BarrierArrive(empty + done);
       if (++done == a.stages) done = 0;
-        // Powers of two: the multiplication is exact, so a fused multiply-add and the two steps apart agree.
+      float scale = 1;
+      if constexpr (kKind == WeightKind::kFp8) scale = DecodeE8m0(__ldg(w_scales + first_block + i));
+        // A power of two: the multiplication is exact, so a fused multiply-add and the two steps apart agree.
 #pragma unroll
       for (int v = 0; v < kSums; ++v) {
-        const float s = scale[v / 4 * 2 + v % 2];
         if constexpr (kShared) {
-          sm90::StoreRemote(place_of(v, first_block + i), sum[v] * s);
+          sm90::StoreRemote(place_of(v, first_block + i), sum[v] * scale);
         } else {
-          total[v] = fmaf(sum[v], s, total[v]);
+          total[v] = fmaf(sum[v], scale, total[v]);
         }
       }
     };
 
     // While the tensor cores sum one block, the one before is finished.
-    float sum[2][kSums] = {}, scale[2][kColumns];
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) scale[0][j] = scale[1][j] = 1;
-    issue(0, sum[0], scale[0]);
+    float sum[2][kSums] = {};
+    uint32_t widened[2][32];
+    issue(sum[0], widened[0]);
     int i = 1;
     for (; i + 1 < count; i += 2) {
-      issue(i, sum[1], scale[1]);
+      issue(sum[1], widened[1]);
       sm90::ProductWait<1>();
-      finish(i - 1, sum[0], scale[0]);
-      issue(i + 1, sum[0], scale[0]);
+      finish(i - 1, sum[0]);
+      issue(sum[0], widened[0]);
       sm90::ProductWait<1>();
-      finish(i, sum[1], scale[1]);
+      finish(i, sum[1]);
     }
     if (i < count) {
-      issue(i, sum[1], scale[1]);
+      issue(sum[1], widened[1]);
       sm90::ProductWait<1>();
-      finish(i - 1, sum[0], scale[0]);
+      finish(i - 1, sum[0]);
       sm90::ProductWait<0>();
-      finish(i, sum[1], scale[1]);
+      finish(i, sum[1]);
     } else {
       sm90::ProductWait<0>();
-      finish(i - 1, sum[0], scale[0]);
+      finish(i - 1, sum[0]);
     }
   }
 
@@ -221,9 +238,10 @@ __global__ void __launch_bounds__(kThreads)
 
 template <WeightKind kKind, int kRows, bool kShared>
 void Launch(const DenseProduct& p, const LinearPlan& plan, cudaStream_t stream) {
-  const TensorElement element = kKind == WeightKind::kFp8 ? TensorElement::kByte : TensorElement::kBf16;
-  const CUtensorMap w_map = MakeTensorMap(element, p.w.data, p.groups * p.w.n, p.w.k, p.w.k, kSkinnyOutputs);
-  const CUtensorMap x_map = MakeTensorMap(element, p.x, p.rows, p.groups * p.w.k, p.x_ld, kRows);
+  constexpr bool kFp8 = kKind == WeightKind::kFp8;
+  const CUtensorMap w_map = MakeTensorMap(kFp8 ? TensorElement::kByte : TensorElement::kBf16, p.w.data,
+                                          p.groups * p.w.n, p.w.k, p.w.k, kSkinnyOutputs);
+  const CUtensorMap x_map = MakeTensorMap(TensorElement::kBf16, p.x.data, p.rows, p.groups * p.w.k, p.x.ld, kRows);
   SkinnyArgs a;
   a.rows = p.rows;
   a.n = p.w.n;
@@ -232,8 +250,6 @@ void Launch(const DenseProduct& p, const LinearPlan& plan, cudaStream_t stream) 
   a.stages = plan.stages;
   a.x_group = p.w.k;
   a.w_scales = p.w.scales;
-  a.x_scales = p.x_scales;
-  a.x_scales_ld = p.x_scales_ld;
   a.out = p.out;
   static const cudaError_t allowed = cudaFuncSetAttribute(SkinnyKernel<kKind, kRows, kShared>,
                                                           cudaFuncAttributeMaxDynamicSharedMemorySize, kCtaSmemBytes);
@@ -277,7 +293,7 @@ void LaunchRows(const DenseProduct& p, const LinearPlan& plan, cudaStream_t stre
 }  // namespace
 
 void LinearSkinny(const DenseProduct& p, const LinearPlan& plan, cudaStream_t stream) {
-  if (p.kind == WeightKind::kFp8) return LaunchRows<WeightKind::kFp8>(p, plan, stream);
+  if (p.w.kind == WeightKind::kFp8) return LaunchRows<WeightKind::kFp8>(p, plan, stream);
   LaunchRows<WeightKind::kBf16>(p, plan, stream);
 }
 

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dense products of many rows: 128 x 128 tiles of the output, bound by the tensor cores.
+// Dense products of many rows: 128 x 128 tiles of the output, BF16, bound by the tensor cores.
 //
-// One CTA a multiprocessor walks over tiles. A producer thread copies 128 rows of x and 128 of the weight, 128 bytes of
-// K each, into a ring of stages; two consumer warpgroups of 64 rows multiply. Two CTAs of a cluster take two tiles that
-// share the weight rows: each copies half of them to both, since one multiprocessor's share of the L2 cache's bandwidth
-// would not feed the tensor cores. Each warpgroup has two sets of accumulators: while the tensor cores sum block b into
-// one, it promotes block b - 1 from the other (scales, FP32 addition), so promotion costs no tensor time.
+// One CTA a multiprocessor walks over tiles. A producer thread copies 128 rows of x and 128 of the weight, half a block
+// of K each, into a ring of stages; two consumer warpgroups of 64 rows multiply. Two CTAs of a cluster take two tiles
+// that share the weight rows: each copies half of them to both, since one multiprocessor's share of the L2 cache's
+// bandwidth would not feed the tensor cores. Each warpgroup has two sets of accumulators: while the tensor cores sum
+// block b into one, it promotes block b - 1 from the other (FP32 addition), so promotion costs no tensor time. FP8
+// weights are widened into the caller's scratch before, in the order of fragments: their products then have the skinny
+// kernel's bits.
 #include "engine/device/cuda_device.h"
 #include "engine/device/tensor_map.h"
 #include "engine/ops/cuda_format.cuh"
@@ -19,7 +21,7 @@ namespace {
 using sm90::Barrier;
 
 constexpr int kStages = 6;
-constexpr int kOperandBytes = kLargeRows * kBlockBytes;  // of one operand in a stage
+constexpr int kOperandBytes = kLargeRows * kBoxBytes;  // of one operand in a stage
 constexpr int kStageBytes = 2 * kOperandBytes;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = (kConsumers + 1) * 128;
@@ -27,7 +29,6 @@ constexpr int kThreads = (kConsumers + 1) * 128;
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 static_assert(128 * (kConsumers * kConsumerRegisters + kProducerRegisters) <= 65536, "a multiprocessor's registers");
 static_assert(kStages * kStageBytes + 2048 <= kCtaSmemBytes, "the ring, its alignment and its barriers");
-static_assert(kLargeOutputs == 128, "one scale a tile and block: scales of FP8 weights are per 128 x 128");
 
 // Tiles are walked in bands of this many tiles of outputs, rows inside: what is in flight shares both operands in L2.
 constexpr int kBand = 8;
@@ -38,9 +39,6 @@ struct TileArgs {
   int row_steps = 0;  // clusters of tiles along the rows
   int output_tiles = 0;
   int64_t x_group = 0;  // elements of x from one group's first column to the next
-  const uint8_t* w_scales = nullptr;
-  const float* x_scales = nullptr;
-  int64_t x_scales_ld = 0;
   LinearOut out{static_cast<float*>(nullptr), 0};
   bool wide_stores = false;
 };
@@ -60,30 +58,21 @@ __device__ inline TilePlace PlaceOf(const TileArgs& a, int tile) {
   return p;
 }
 
-template <WeightKind kKind>
-__device__ inline void MultiplyBlock(float* sums, const uint8_t* x_tile, const uint8_t* w_tile) {
+// Half a block: the first begins a sum, the second adds to it.
+template <int kHalf>
+__device__ inline void MultiplyHalf(float* sums, const uint8_t* x_tile, const uint8_t* w_tile) {
   const uint64_t x = sm90::TileDescriptor(x_tile), w = sm90::TileDescriptor(w_tile);
   sm90::ProductFence();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if constexpr (kKind == WeightKind::kFp8) {
-      sm90::Product<kLargeOutputs>::Fp8(sums, x + 2 * i, w + 2 * i, i > 0);
-    } else {
-      sm90::Product<kLargeOutputs>::Bf16(sums, x + 2 * i, w + 2 * i, i > 0);
-    }
+    sm90::Product<kLargeOutputs>::Bf16(sums, x + 2 * i, w + 2 * i, kHalf > 0 || i > 0);
   }
   sm90::ProductCommit();
 }
 
-// What a block's sums are multiplied by, for this thread's two rows. All are powers of two: the product is exact, and a
-// fused multiply-add rounds once, as an addition would.
-struct RowScales {
-  float low = 1, high = 1;
-};
-
-__device__ inline void Promote(const float* sums, RowScales s, float* total) {
+__device__ inline void Promote(const float* sums, float* total) {
 #pragma unroll
-  for (int i = 0; i < kLargeOutputs / 2; ++i) total[i] = fmaf(sums[i], (i & 2) != 0 ? s.high : s.low, total[i]);
+  for (int i = 0; i < kLargeOutputs / 2; ++i) total[i] += sums[i];
 }
 
 __device__ inline uint32_t PackBf16(float low, float high) {
@@ -156,7 +145,7 @@ struct RingPlace {
   }
 };
 
-template <WeightKind kKind, int kCluster>
+template <int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     TileKernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                const __grid_constant__ TileArgs a) {
@@ -165,7 +154,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   Barrier* full = reinterpret_cast<Barrier*>(smem + kStages * kStageBytes);
   Barrier* empty = full + kStages;
 
-  constexpr int kBlockElements = kKind == WeightKind::kFp8 ? kBlockBytes : kBlockBytes / 2;
   const int warpgroup = threadIdx.x / 128;
   const uint32_t rank = kCluster == 1 ? 0 : sm90::ClusterRank();
   const int num_tiles = a.row_steps * a.output_tiles * a.groups;
@@ -196,18 +184,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int row = (place.row_step * kCluster + rank) * kLargeRows;
         const int weight_row = place.group * static_cast<int>(a.n) + place.output_tile * kLargeOutputs;
         const int x_column = place.group * static_cast<int>(a.x_group);
-        for (int b = 0; b < a.blocks; ++b, ring.Next()) {
+        for (int half = 0; half < 2 * a.blocks; ++half, ring.Next()) {
           uint8_t* stage = smem + ring.stage * kStageBytes;
           sm90::BarrierWait(empty + ring.stage, ring.parity ^ 1);
           sm90::BarrierExpect(full + ring.stage, kStageBytes);
-          sm90::TensorCopy(stage, &x_map, x_column + b * kBlockElements, row, full + ring.stage, sm90::kEvictNormal);
+          sm90::TensorCopy(stage, &x_map, x_column + half * kHalfK, row, full + ring.stage, sm90::kEvictNormal);
           uint8_t* weight = stage + kOperandBytes + rank * (kOperandBytes / kCluster);
           const int share = weight_row + static_cast<int>(rank) * (kLargeOutputs / kCluster);
           if constexpr (kCluster > 1) {
-            sm90::TensorCopyMulticast(weight, &w_map, b * kBlockElements, share, full + ring.stage, (1 << kCluster) - 1,
+            sm90::TensorCopyMulticast(weight, &w_map, half * kHalfK, share, full + ring.stage, (1 << kCluster) - 1,
                                       sm90::kEvictNormal);
           } else {
-            sm90::TensorCopy(weight, &w_map, b * kBlockElements, share, full + ring.stage, sm90::kEvictNormal);
+            sm90::TensorCopy(weight, &w_map, half * kHalfK, share, full + ring.stage, sm90::kEvictNormal);
           }
         }
       }
@@ -219,69 +207,65 @@ __global__ void __launch_bounds__(kThreads, 1)
     RingPlace ring, done;  // next to read; oldest not released
     float sums[2][kLargeOutputs / 2] = {}, total[kLargeOutputs / 2];
 
-    const auto issue = [&](float* into) {
+    const auto stage_of = [&] {
       sm90::BarrierWait(full + ring.stage, ring.parity);
       const uint8_t* stage = smem + ring.stage * kStageBytes;
-      MultiplyBlock<kKind>(into, stage + warpgroup * (kOperandBytes / kConsumers), stage + kOperandBytes);
       ring.Next();
+      return stage;
     };
-    const auto release = [&] {
-      if (lane < kCluster) {
-        if constexpr (kCluster > 1) {
-          sm90::BarrierArriveRemote(empty + done.stage, lane);
-        } else {
-          sm90::BarrierArrive(empty + done.stage);
+    const auto first_half = [&](float* into) {
+      const uint8_t* stage = stage_of();
+      MultiplyHalf<0>(into, stage + warpgroup * (kOperandBytes / kConsumers), stage + kOperandBytes);
+    };
+    const auto second_half = [&](float* into) {
+      const uint8_t* stage = stage_of();
+      MultiplyHalf<1>(into, stage + warpgroup * (kOperandBytes / kConsumers), stage + kOperandBytes);
+    };
+    const auto release_block = [&] {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (lane < kCluster) {
+          if constexpr (kCluster > 1) {
+            sm90::BarrierArriveRemote(empty + done.stage, lane);
+          } else {
+            sm90::BarrierArrive(empty + done.stage);
+          }
         }
+        done.Next();
       }
-      done.Next();
+    };
+    // Begins a block in `next` and ends the one in `last`.
+    const auto turn = [&](float* next, const float* last, float* total) {
+      first_half(next);
+      sm90::ProductWait<1>();
+      release_block();
+      second_half(next);
+      Promote(last, total);
     };
 
     for (int tile = blockIdx.x / kCluster; tile < num_tiles; tile += gridDim.x / kCluster) {
       const TilePlace place = PlaceOf(a, tile);
       const int64_t first_row = (static_cast<int64_t>(place.row_step) * kCluster + rank) * kLargeRows + warp * 16;
-      // Rows beyond the last are read as the last: their results go nowhere.
-      const int64_t low_row = min(first_row + lane / 4, a.rows - 1),
-                    high_row = min(first_row + lane / 4 + 8, a.rows - 1);
-      const auto scales = [&](int b) {
-        RowScales s;
-        if constexpr (kKind == WeightKind::kFp8) {
-          const float w = DecodeE8m0(__ldg(a.w_scales + static_cast<int64_t>(place.output_tile) * a.blocks + b));
-          s.low = a.x_scales[low_row * a.x_scales_ld + b] * w;
-          s.high = a.x_scales[high_row * a.x_scales_ld + b] * w;
-        }
-        return s;
-      };
 #pragma unroll
       for (float& t : total) t = 0;
 
-      issue(sums[0]);
-      RowScales even = scales(0), odd;
+      first_half(sums[0]);
+      second_half(sums[0]);
       int b = 1;
       for (; b + 1 < a.blocks; b += 2) {
-        issue(sums[1]);
-        odd = scales(b);
-        sm90::ProductWait<1>();
-        release();
-        Promote(sums[0], even, total);
-        issue(sums[0]);
-        even = scales(b + 1);
-        sm90::ProductWait<1>();
-        release();
-        Promote(sums[1], odd, total);
+        turn(sums[1], sums[0], total);
+        turn(sums[0], sums[1], total);
       }
+      // The accumulators must be named, or they would be memory.
       if (b < a.blocks) {
-        issue(sums[1]);
-        odd = scales(b);
-        sm90::ProductWait<1>();
-        release();
-        Promote(sums[0], even, total);
+        turn(sums[1], sums[0], total);
         sm90::ProductWait<0>();
-        release();
-        Promote(sums[1], odd, total);
+        release_block();
+        Promote(sums[1], total);
       } else {
         sm90::ProductWait<0>();
-        release();
-        Promote(sums[0], even, total);
+        release_block();
+        Promote(sums[0], total);
       }
       StoreTile(a, place, first_row, total);
     }
@@ -294,16 +278,37 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// Sixteen codes a thread, scaled, to BF16 in the order of fragments. Exact: factors are powers of two.
+__global__ void WidenKernel(Weight w, int64_t pieces, Bf16* out) {
+  const int64_t piece = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (piece >= pieces) return;
+  const int64_t row = piece * 16 / w.k, k = piece * 16 % w.k;
+  const float factor = DecodeE8m0(w.scales[row / 128 * ((w.k + 127) / 128) + k / 128]);
+  const __nv_bfloat162 scale = __float2bfloat162_rn(factor);
+  const uint4 raw = reinterpret_cast<const uint4*>(w.data)[piece];
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  uint32_t pairs[2][4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t wide = WidenE4m3ToBf16(words[i], half);
+      const __nv_bfloat162 scaled = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&wide), scale);
+      pairs[half][i] = *reinterpret_cast<const uint32_t*>(&scaled);
+    }
+    reinterpret_cast<uint4*>(out)[piece * 2 + half] = {pairs[half][0], pairs[half][1], pairs[half][2], pairs[half][3]};
+  }
+}
+
 bool Aligned(const void* p, int64_t stride_bytes, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0 && stride_bytes % bytes == 0;
 }
 
-template <WeightKind kKind, int kCluster>
+template <int kCluster>
 void Launch(const DenseProduct& p, const LinearPlan& plan, int multiprocessors, cudaStream_t stream) {
-  constexpr bool kFp8 = kKind == WeightKind::kFp8;
-  const TensorElement element = kFp8 ? TensorElement::kByte : TensorElement::kBf16;
-  const CUtensorMap x_map = MakeTensorMap(element, p.x, p.rows, p.groups * p.w.k, p.x_ld, kLargeRows);
-  const CUtensorMap w_map = MakeTensorMap(element, p.w.data, p.groups * p.w.n, p.w.k, p.w.k, kLargeOutputs / kCluster);
+  const CUtensorMap x_map = MakeTensorMap(TensorElement::kBf16, p.x.data, p.rows, p.groups * p.w.k, p.x.ld, kLargeRows);
+  const CUtensorMap w_map =
+      MakeTensorMap(TensorElement::kBf16, p.w.data, p.groups * p.w.n, p.w.k, p.w.k, kLargeOutputs / kCluster);
   TileArgs a;
   a.rows = p.rows;
   a.n = p.w.n;
@@ -312,14 +317,11 @@ void Launch(const DenseProduct& p, const LinearPlan& plan, int multiprocessors, 
   a.row_steps = static_cast<int>((p.rows + kLargeRows * kCluster - 1) / (kLargeRows * kCluster));
   a.output_tiles = static_cast<int>((p.w.n + kLargeOutputs - 1) / kLargeOutputs);
   a.x_group = p.w.k;
-  a.w_scales = p.w.scales;
-  a.x_scales = p.x_scales;
-  a.x_scales_ld = p.x_scales_ld;
   a.out = p.out;
   a.wide_stores = p.out.bf16 != nullptr ? p.w.n % 8 == 0 && Aligned(p.out.bf16, p.out.ld * 2, 16)
                                         : p.w.n % 2 == 0 && Aligned(p.out.f32, p.out.ld * 4, 8);
   static const cudaError_t allowed =
-      cudaFuncSetAttribute(TileKernel<kKind, kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize, kCtaSmemBytes);
+      cudaFuncSetAttribute(TileKernel<kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize, kCtaSmemBytes);
   CUDA_CHECK(allowed);
 
   const int tiles = a.row_steps * a.output_tiles * a.groups;
@@ -333,18 +335,21 @@ void Launch(const DenseProduct& p, const LinearPlan& plan, int multiprocessors, 
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, TileKernel<kKind, kCluster>, x_map, w_map, a));
+  CUDA_CHECK(cudaLaunchKernelEx(&config, TileKernel<kCluster>, x_map, w_map, a));
 }
 
 }  // namespace
 
+void WidenWeight(const Weight& w, Bf16* out, cudaStream_t stream) {
+  const int64_t pieces = w.n * w.k / 16;
+  WidenKernel<<<static_cast<unsigned>((pieces + 255) / 256), 256, 0, stream>>>(w, pieces, out);
+  CUDA_CHECK(cudaGetLastError());
+}
+
 void LinearTile(const DenseProduct& p, const LinearPlan& plan, int multiprocessors, cudaStream_t stream) {
-  if (p.kind == WeightKind::kFp8) {
-    if (plan.cluster == 2) return Launch<WeightKind::kFp8, 2>(p, plan, multiprocessors, stream);
-    return Launch<WeightKind::kFp8, 1>(p, plan, multiprocessors, stream);
-  }
-  if (plan.cluster == 2) return Launch<WeightKind::kBf16, 2>(p, plan, multiprocessors, stream);
-  Launch<WeightKind::kBf16, 1>(p, plan, multiprocessors, stream);
+  CHECK(p.w.kind == WeightKind::kBf16, "FP8 weights are widened first");
+  if (plan.cluster == 2) return Launch<2>(p, plan, multiprocessors, stream);
+  Launch<1>(p, plan, multiprocessors, stream);
 }
 
 }  // namespace millrace::cuda

@@ -29,7 +29,8 @@ using Json = nlohmann::ordered_json;
 using Clock = std::chrono::steady_clock;
 
 struct Load {
-  std::string address = "127.0.0.1:8080", model;
+  std::string address, model;
+  HttpDoor door;
   int64_t requests = 32, prompt_tokens = 256, output_tokens = 64, vocabulary = 1400, seed = 1;
   double rate = 0;  // requests per second; 0: all at once
 };
@@ -82,6 +83,7 @@ Outcome Ask(const Load& load, int64_t index, Clock::time_point due) {
   });
   HttpCall call;
   call.address = load.address;
+  call.door = load.door;
   call.method = "POST";
   call.path = "/v1/completions";
   call.accept = "text/event-stream";
@@ -216,7 +218,8 @@ int RunBench(Arguments arguments) {
               "Prompts are random token ids; answers have exactly --output-tokens tokens.\n\n"
               "  millrace bench --requests 1 --prompt-tokens 512 --output-tokens 256\n"
               "  millrace bench --requests 200 --rate 4 --json");
-  flags.String("address", &load.address, "HOST:PORT", "The router's HTTP port.");
+  DoorFlags way;
+  AddDoorFlags(flags, &way);
   flags.Int("requests", &load.requests, 1, 100000, "Requests in all.");
   flags.Double("rate", &load.rate, 0, 100000, "Requests per second; 0 sends all at once.");
   flags.Int("prompt-tokens", &load.prompt_tokens, 1, 1 << 20, "Length of every prompt.");
@@ -227,7 +230,11 @@ int RunBench(Arguments arguments) {
   flags.Bool("quiet", &quiet, "No progress.");
   int exit_code = kExitOk;
   if (!ParseOrExplain(flags, "bench", arguments, &exit_code)) return exit_code;
-  const absl::StatusOr<std::string> model = OnlyModel(load.address);
+  const absl::StatusOr<HttpDoor> door = OpenDoor(way);
+  if (!door.ok()) return Fail("bench", kExitNoInput, door.status());
+  load.address = way.address;
+  load.door = *door;
+  const absl::StatusOr<std::string> model = OnlyModel(load.address, load.door);
   if (!model.ok()) {
     return Fail("bench", kExitUnavailable, absl::StrCat(model.status().message(), "; is `millrace up` running?"));
   }

@@ -32,7 +32,8 @@ Json AssistantMessage(const ChatAnswer& answer) {
 }  // namespace
 
 int RunChat(Arguments arguments) {
-  std::string address = "127.0.0.1:8080", message, system, effort;
+  DoorFlags way;
+  std::string message, system, effort;
   double temperature = -1;
   int64_t max_tokens = 0;
   bool quiet = false;
@@ -40,7 +41,7 @@ int RunChat(Arguments arguments) {
               "Without --message it reads questions from the terminal until Ctrl-D; /new starts a new conversation.\n\n"
               "  millrace chat\n"
               "  millrace chat --address router.example:8080 --message 'Sort 9 4 7.' --temperature 0");
-  flags.String("address", &address, "HOST:PORT", "The router's HTTP port.");
+  AddDoorFlags(flags, &way);
   flags.String("message", &message, "TEXT", "Ask this one thing and end.");
   flags.String("system", &system, "TEXT", "System prompt.");
   flags.Enum("effort", &effort, {"none", "high", "max"}, "How hard to think.");
@@ -49,7 +50,11 @@ int RunChat(Arguments arguments) {
   flags.Bool("quiet", &quiet, "Only the answer.");
   int exit_code = kExitOk;
   if (!ParseOrExplain(flags, "chat", arguments, &exit_code)) return exit_code;
-  const absl::StatusOr<std::string> model = OnlyModel(address);
+  const absl::StatusOr<HttpDoor> door = OpenDoor(way);
+  if (!door.ok()) return Fail("chat", kExitNoInput, door.status());
+  const std::string& address = way.address;
+  const absl::StatusOr<std::string> model = OnlyModel(address, *door);
+  if (absl::IsUnauthenticated(model.status())) return Fail("chat", kExitUnavailable, model.status());
   if (!model.ok()) {
     return Fail("chat", kExitUnavailable, absl::StrCat(model.status().message(), "; is `millrace up` running?"));
   }
@@ -79,7 +84,7 @@ int RunChat(Arguments arguments) {
     if (!effort.empty()) body["reasoning_effort"] = effort;
     if (flags.Given("temperature")) body["temperature"] = temperature;
     if (flags.Given("max-tokens")) body["max_tokens"] = max_tokens;
-    const absl::StatusOr<ChatAnswer> answer = StreamChat(address, std::move(body));
+    const absl::StatusOr<ChatAnswer> answer = StreamChat(address, *door, std::move(body));
     std::fputs("\n", stdout);
     if (!answer.ok()) {
       if (!message.empty()) return Fail("chat", kExitUnavailable, answer.status());

@@ -4,14 +4,16 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "engine/status.h"
-#include "services/cli/http_client.h"
+#include "services/cli/command.h"
 #include "services/cli/terminal.h"
 
 namespace millrace::cli {
@@ -109,13 +111,39 @@ class Collector {
 
 }  // namespace
 
-absl::StatusOr<std::string> OnlyModel(const std::string& address) {
+void AddDoorFlags(Flags& flags, DoorFlags* door) {
+  flags.String("address", &door->address, "HOST:PORT", "The router's HTTP port.");
+  flags.Bool("tls", &door->tls, "It speaks TLS.");
+  flags.String("ca", &door->ca, "FILE", "PEM certificate to believe instead of the system's; implies --tls.");
+  flags.String("api-key-file", &door->api_key_file, "FILE",
+               "Its first line is the key to send. Default: $OPENAI_API_KEY, if that is set.");
+}
+
+absl::StatusOr<HttpDoor> OpenDoor(const DoorFlags& flags) {
+  HttpDoor door;
+  door.tls = flags.tls || !flags.ca.empty();
+  door.ca = flags.ca;
+  if (!flags.api_key_file.empty()) {
+    ASSIGN_OR_RETURN(const std::string text, ReadInput(flags.api_key_file, 4096));
+    door.api_key = text.substr(0, text.find_first_of("\r\n"));
+  } else if (const char* key = std::getenv("OPENAI_API_KEY")) {
+    door.api_key = key;
+  }
+  if (std::any_of(door.api_key.begin(), door.api_key.end(), [](char c) { return c <= ' ' || c > '~'; })) {
+    return absl::InvalidArgumentError("the API key has characters that no header can carry");
+  }
+  return door;
+}
+
+absl::StatusOr<std::string> OnlyModel(const std::string& address, const HttpDoor& door) {
   HttpCall call;
   call.address = address;
+  call.door = door;
   call.path = "/v1/models";
   call.read_timeout = std::chrono::milliseconds(5000);
   absl::StatusOr<HttpReply> reply = Send(call);
   if (!reply.ok()) return reply.status();
+  if (reply->status == 401) return absl::UnauthenticatedError(ErrorText(reply->body));
   const Json json = Json::parse(reply->body, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object() || !json.contains("data") || json["data"].empty()) {
     return absl::UnavailableError(absl::StrCat(address, " does not answer /v1/models as a router does"));
@@ -134,7 +162,7 @@ std::string ErrorText(const std::string& body) {
   return body.substr(0, 200);
 }
 
-absl::StatusOr<ChatAnswer> StreamChat(const std::string& address, Json body) {
+absl::StatusOr<ChatAnswer> StreamChat(const std::string& address, const HttpDoor& door, Json body) {
   body["stream"] = true;
   body["stream_options"] = Json{{"include_usage", true}};
   ChatAnswer answer;
@@ -143,6 +171,7 @@ absl::StatusOr<ChatAnswer> StreamChat(const std::string& address, Json body) {
   SseReader events([&](absl::string_view data) { return collector.OnEvent(data); });
   HttpCall call;
   call.address = address;
+  call.door = door;
   call.method = "POST";
   call.path = "/v1/chat/completions";
   call.accept = "text/event-stream";

@@ -49,6 +49,7 @@ int RunEncode(Arguments);
 int RunTokenize(Arguments);
 int RunDetokenize(Arguments);
 int RunInspect(Arguments);
+int RunKey(Arguments);
 int RunVersion(Arguments);
 
 // Prints "millrace run: message" as one line on standard error and returns `exit_code`.

@@ -4,6 +4,9 @@
 
 #include <fcntl.h>
 #include <netdb.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -62,7 +65,48 @@ class Socket {
     }
     return absl::UnavailableError(absl::StrCat("cannot reach ", address, ": ", why));
   }
+  // Over the connection. Unavailable: the certificate is not believed, or what answers does not speak TLS.
+  absl::Status StartTls(const std::string& address, const HttpDoor& door, std::chrono::milliseconds timeout) {
+    context_.reset(SSL_CTX_new(TLS_client_method()));
+    SSL_CTX_set_min_proto_version(context_.get(), TLS1_2_VERSION);
+    SSL_CTX_set_mode(context_.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    SSL_CTX_set_verify(context_.get(), SSL_VERIFY_PEER, nullptr);
+    X509_VERIFY_PARAM_set_flags(SSL_CTX_get0_param(context_.get()),
+                                X509_V_FLAG_PARTIAL_CHAIN);  // a pinned leaf will do
+    const bool loaded = door.ca.empty() ? SSL_CTX_set_default_verify_paths(context_.get()) == 1
+                                        : SSL_CTX_load_verify_locations(context_.get(), door.ca.c_str(), nullptr) == 1;
+    if (!loaded) return absl::InvalidArgumentError(absl::StrCat(door.ca, ": holds no PEM certificate"));
+    ssl_.reset(SSL_new(context_.get()));
+    std::string host = address.substr(0, address.rfind(':'));
+    if (host.size() > 2 && host.front() == '[') host = host.substr(1, host.size() - 2);
+    if (!door.any_name && X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(ssl_.get()), host.c_str()) != 1) {
+      SSL_set1_host(ssl_.get(), host.c_str());
+      SSL_set_tlsext_host_name(ssl_.get(), host.c_str());
+    }
+    SSL_set_fd(ssl_.get(), fd_);
+    while (true) {
+      ERR_clear_error();
+      const int result = SSL_connect(ssl_.get());
+      if (result == 1) return absl::OkStatus();
+      if (const absl::Status status = WaitForTls(result, timeout); !status.ok()) {
+        const long verified = SSL_get_verify_result(ssl_.get());
+        return verified == X509_V_OK
+                   ? status
+                   : absl::UnavailableError(absl::StrCat(
+                         address, ": its certificate is not believed: ", X509_verify_cert_error_string(verified)));
+      }
+    }
+  }
   absl::Status Write(absl::string_view bytes, std::chrono::milliseconds timeout) {
+    while (!bytes.empty() && ssl_ != nullptr) {
+      ERR_clear_error();
+      const int sent = SSL_write(ssl_.get(), bytes.data(), static_cast<int>(std::min<size_t>(bytes.size(), 1 << 20)));
+      if (sent > 0) {
+        bytes.remove_prefix(static_cast<size_t>(sent));
+      } else {
+        RETURN_IF_ERROR(WaitForTls(sent, timeout));
+      }
+    }
     while (!bytes.empty()) {
       const ssize_t sent = send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL);
       if (sent >= 0) {
@@ -78,6 +122,16 @@ class Socket {
   // Appends what is there; false at the end of the connection.
   absl::StatusOr<bool> Read(std::string& out, std::chrono::milliseconds timeout) {
     char buffer[16 << 10];
+    while (ssl_ != nullptr) {
+      ERR_clear_error();
+      const int got = SSL_read(ssl_.get(), buffer, sizeof(buffer));
+      if (got > 0) {
+        out.append(buffer, static_cast<size_t>(got));
+        return true;
+      }
+      if (SSL_get_error(ssl_.get(), got) == SSL_ERROR_ZERO_RETURN) return false;
+      RETURN_IF_ERROR(WaitForTls(got, timeout));
+    }
     while (true) {
       const ssize_t got = recv(fd_, buffer, sizeof(buffer), 0);
       if (got > 0) {
@@ -94,6 +148,22 @@ class Socket {
   }
 
  private:
+  template <typename T, void (*kFree)(T*)>
+  struct Freer {
+    void operator()(T* object) const { kFree(object); }
+  };
+  // OK: try again.
+  absl::Status WaitForTls(int result, std::chrono::milliseconds timeout) {
+    switch (SSL_get_error(ssl_.get(), result)) {
+      case SSL_ERROR_WANT_READ:
+        return Wait(POLLIN, timeout);
+      case SSL_ERROR_WANT_WRITE:
+        return Wait(POLLOUT, timeout);
+      default:
+        const char* const why = ERR_reason_error_string(ERR_peek_last_error());
+        return absl::UnavailableError(absl::StrCat("connection lost: ", why != nullptr ? why : "closed"));
+    }
+  }
   absl::Status Wait(short events, std::chrono::milliseconds timeout) {
     pollfd entry{fd_, events, 0};
     const int ready = poll(&entry, 1, static_cast<int>(timeout.count()));
@@ -102,6 +172,8 @@ class Socket {
     return absl::OkStatus();
   }
   int fd_ = -1;
+  std::unique_ptr<SSL_CTX, Freer<SSL_CTX, SSL_CTX_free>> context_;
+  std::unique_ptr<SSL, Freer<SSL, SSL_free>> ssl_;  // null: plain
 };
 
 std::string Header(const HttpReply& reply, absl::string_view name) {
@@ -183,8 +255,10 @@ class BodyReader {
 absl::StatusOr<HttpReply> Send(const HttpCall& call) {
   Socket socket;
   RETURN_IF_ERROR(socket.Connect(call.address, call.connect_timeout));
+  if (call.door.tls) RETURN_IF_ERROR(socket.StartTls(call.address, call.door, call.connect_timeout));
   std::string request = absl::StrCat(call.method, " ", call.path, " HTTP/1.1\r\nHost: ", call.address,
                                      "\r\nAccept: ", call.accept, "\r\nConnection: close\r\n");
+  if (!call.door.api_key.empty()) absl::StrAppend(&request, "Authorization: Bearer ", call.door.api_key, "\r\n");
   if (!call.body.empty()) {
     absl::StrAppend(&request, "Content-Type: application/json\r\nContent-Length: ", call.body.size(), "\r\n");
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A small HTTP/1.1 client for our own commands: `chat` and `up` talk to a router as any client would.
 //
-// One request per connection, plain TCP, bodies whole or streamed. Every wait is bounded. Thread: any, blocking.
+// One request per connection, plain or TLS, bodies whole or streamed. Every wait is bounded. Thread: any, blocking.
 #pragma once
 
 #include <chrono>
@@ -16,6 +16,14 @@
 
 namespace millrace::cli {
 
+// How a server is reached and what opens it.
+struct HttpDoor {
+  bool tls = false;
+  std::string ca;         // PEM file that the server's certificate must lead to; empty: the system's
+  bool any_name = false;  // do not compare the certificate with the address: `up` knows its own file
+  std::string api_key;    // empty: none
+};
+
 struct HttpReply {
   int status = 0;
   std::vector<std::pair<std::string, std::string>> headers;  // names in lower case
@@ -24,6 +32,7 @@ struct HttpReply {
 
 struct HttpCall {
   std::string address;  // "host:port"
+  HttpDoor door;
   std::string method = "GET";
   std::string path = "/";
   std::string accept = "application/json";

@@ -35,6 +35,7 @@ constexpr Command kCommands[] = {
     {"tokenize", "standard input to token ids", RunTokenize, kTools},
     {"detokenize", "token ids on standard input to text", RunDetokenize, kTools},
     {"inspect", "what a checkpoint holds and what it needs", RunInspect, kTools},
+    {"key", "an API key and its entry for the key file", RunKey, kTools},
     {"version", "version, build and kernel set", RunVersion, kTools},
 };
 

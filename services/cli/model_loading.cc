@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
 #include "services/cli/command.h"
@@ -75,6 +76,7 @@ text::ChatOptions DefaultChatOptions(const ModelConfig& config) {
 }
 
 int ModelExitCode(const absl::Status& status) {
+  if (absl::StartsWith(status.message(), "security.")) return kExitConfig;  // a file that the document names
   switch (status.code()) {
     case absl::StatusCode::kInvalidArgument:
     case absl::StatusCode::kNotFound:

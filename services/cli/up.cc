@@ -144,9 +144,29 @@ class Board {
   std::map<std::string, std::string> logged_;
 };
 
+// Our own front door: with public TLS its certificate is in a file that we may read, so no name has to match.
+HttpDoor FrontDoor(const v1::ClusterConfig& config) {
+  HttpDoor door;
+  const v1::SecuritySection& security = config.security();
+  door.tls = security.has_public_tls();
+  door.ca = security.public_tls().certificate();
+  door.any_name = true;
+  if (const char* key = std::getenv("OPENAI_API_KEY"); key != nullptr && !security.api_keys_file().empty()) {
+    door.api_key = key;
+  }
+  return door;
+}
+
+std::string FrontUrl(const v1::ClusterConfig& config) {
+  return absl::StrCat(config.security().has_public_tls() ? "https://" : "http://", config.router().http_listen());
+}
+
 std::string CurlLine(const v1::ClusterConfig& config) {
-  return absl::StrCat("curl -N http://", config.router().http_listen(),
-                      "/v1/chat/completions -H 'Content-Type: application/json' -d '{\"model\":\"", config.model().id(),
+  const v1::SecuritySection& security = config.security();
+  return absl::StrCat("curl -N ", security.has_public_tls() ? "--cacert CA.pem " : "",
+                      security.api_keys_file().empty() ? "" : "-H \"Authorization: Bearer $OPENAI_API_KEY\" ",
+                      FrontUrl(config), "/v1/chat/completions -H 'Content-Type: application/json' -d '{\"model\":\"",
+                      config.model().id(),
                       "\",\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Tell me a story.\"}]}'");
 }
 
@@ -155,7 +175,7 @@ bool Ask(const v1::ClusterConfig& config, const std::string& text) {
   const bool colour = IsTerminal(STDERR_FILENO);
   std::fprintf(stderr, "\n%s> %s%s\n", colour ? "\033[1m" : "", text.c_str(), colour ? "\033[0m" : "");
   const absl::StatusOr<ChatAnswer> answer = StreamChat(
-      config.router().http_listen(),
+      config.router().http_listen(), FrontDoor(config),
       Json{{"model", config.model().id()}, {"messages", Json::array({Json{{"role", "user"}, {"content", text}}})}});
   std::fputs("\n", stdout);
   std::fflush(stdout);
@@ -186,9 +206,9 @@ class Up {
 
     if (!flags_.once.empty()) return Drain(Ask(config_, flags_.once) ? kExitOk : kExitFailure);
     if (!flags_.ask.empty()) Ask(config_, flags_.ask);
-    std::fprintf(stderr, "\nTry next:\n  %s\n  millrace chat --address %s\nStatus: http://%s/   Ctrl-C drains.\n",
+    std::fprintf(stderr, "\nTry next:\n  %s\n  millrace chat --address %s%s\nStatus: http://%s/   Ctrl-C drains.\n",
                  CurlLine(config_).c_str(), config_.router().http_listen().c_str(),
-                 config_.router().operator_listen().c_str());
+                 config_.security().has_public_tls() ? " --ca CA.pem" : "", config_.router().operator_listen().c_str());
     while (!stop.WaitFor(absl::Milliseconds(50))) {
       if (absl::Status status = supervisor_.Poll(Clock::now()); !status.ok()) {
         return Drain(Fail("up", supervisor_.failed_exit_code(), status));
@@ -209,9 +229,9 @@ class Up {
       board_.Show(supervisor_, status.ok() ? std::optional<Json>(*status) : std::nullopt);
       if (status.ok() && AllReady(*status, supervisor_)) {
         board_.Close();
-        std::fprintf(stderr, "Ready in %s: http://%s\n",
+        std::fprintf(stderr, "Ready in %s: %s\n",
                      HumanSeconds(std::chrono::duration<double>(Clock::now() - start).count()).c_str(),
-                     config_.router().http_listen().c_str());
+                     FrontUrl(config_).c_str());
         PrintMemory();
         return kExitOk;
       }

@@ -4,6 +4,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <utility>
@@ -24,9 +25,11 @@
 namespace millrace::cli {
 namespace {
 
-// /metrics and /healthz of a worker, for whoever scrapes it. Null where the configuration says "off".
+// /metrics, /healthz and /readyz of a worker, for whoever scrapes and probes it. Null where the configuration says
+// "off".
 absl::StatusOr<std::unique_ptr<router::HttpServer>> ServeMetrics(const std::string& listen,
-                                                                 const prometheus::Registry& registry) {
+                                                                 const prometheus::Registry& registry,
+                                                                 const std::atomic<bool>& serving) {
   if (listen.empty() || listen == "off") return std::unique_ptr<router::HttpServer>();
   const size_t colon = listen.rfind(':');
   int port = 0;
@@ -39,7 +42,7 @@ absl::StatusOr<std::unique_ptr<router::HttpServer>> ServeMetrics(const std::stri
   options.threads = 1;
   options.limits.max_connections = 64;
   return router::HttpServer::Start(
-      options, [&registry](router::HttpRequest request, std::shared_ptr<router::HttpExchange> exchange) {
+      options, [&registry, &serving](router::HttpRequest request, std::shared_ptr<router::HttpExchange> exchange) {
         exchange->BodyConsumed();
         router::HttpResponse response;
         response.content_type = "text/plain; charset=utf-8";
@@ -48,9 +51,12 @@ absl::StatusOr<std::unique_ptr<router::HttpServer>> ServeMetrics(const std::stri
           response.body = RenderMetrics(registry);
         } else if (request.path == "/healthz") {
           response.body = "ok\n";
+        } else if (request.path == "/readyz") {  // as its gRPC health, which probes cannot ask over mutual TLS
+          response.status = serving ? 200 : 503;
+          response.body = serving ? "ready\n" : "not ready\n";
         } else {
           response.status = 404;
-          response.body = "only /metrics and /healthz are here\n";
+          response.body = "only /metrics, /healthz and /readyz are here\n";
         }
         exchange->Respond(std::move(response));
       });
@@ -88,12 +94,14 @@ int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
   SetUpLogging(config->worker().name(), config->worker().log_level());
 
   prometheus::Registry registry;
-  const auto metrics = ServeMetrics(config->worker().operator_listen(), registry);
+  std::atomic<bool> serving{false};
+  const auto metrics = ServeMetrics(config->worker().operator_listen(), registry, serving);
   if (!metrics.ok()) return Fail(role.command, kExitUnavailable, metrics.status());
   Progress progress("loading " + config->worker().name(), IsTerminal(STDERR_FILENO));
   WorkerEnvironment environment;
   environment.registry = &registry;
   environment.watchdog = watchdog;
+  environment.on_serving = [&serving](bool on) { serving = on; };
   environment.progress = [&](int64_t done, int64_t total) {
     progress.Update(done, total);
     if (total > 0 && done >= total) progress.Finish();

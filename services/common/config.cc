@@ -87,6 +87,26 @@ absl::Status CompleteModel(v1::ModelSection& model, const std::string& base_dir)
   return OneOf("model.device", model.device(), {"cpu", "cuda"});
 }
 
+absl::Status CompleteLimits(v1::LimitSection& limits) {
+  constexpr char kPath[] = "router.limits";
+  NUMBER(kPath, limits, max_body_bytes, 16u << 20, 1u << 10, 1u << 30);
+  NUMBER(kPath, limits, max_body_bytes_total, std::max<uint64_t>(64u << 20, limits.max_body_bytes()),
+         limits.max_body_bytes(), 1ull << 34);
+  NUMBER(kPath, limits, max_header_bytes, 16u << 10, 1u << 10, 1u << 20);
+  NUMBER(kPath, limits, max_connections_per_address, 64, 1, 1u << 20);
+  NUMBER(kPath, limits, header_timeout_ms, 10000, 100, 600000);
+  NUMBER(kPath, limits, body_idle_timeout_ms, 10000, 100, 600000);
+  NUMBER(kPath, limits, keep_alive_timeout_ms, 75000, 100, 3600000);
+  NUMBER(kPath, limits, slow_reader_timeout_ms, 10000, 100, 600000);
+  NUMBER(kPath, limits, write_buffer_bytes, 256u << 10, 4u << 10, 64u << 20);
+  NUMBER(kPath, limits, max_timeout_ms, 3600000, 1, 3600000);
+  NUMBER(kPath, limits, max_messages, 4096, 1, 1u << 20);
+  NUMBER(kPath, limits, max_tools, 128, 1, 1u << 16);
+  NUMBER(kPath, limits, max_n, 8, 1, 64);
+  NUMBER(kPath, limits, max_stops, 4, 1, 64);
+  return absl::OkStatus();
+}
+
 absl::Status CompleteRouter(v1::RouterSection& router) {
   if (router.control_listen().empty()) router.set_control_listen("127.0.0.1:8090");
   RETURN_IF_ERROR(CheckAddress("router.control_listen", router.control_listen(), false, true));
@@ -111,11 +131,7 @@ absl::Status CompleteRouter(v1::RouterSection& router) {
   NUMBER("router", router, max_tokens_limit, kMostTokens, 1, kMostTokens);
   NUMBER("router", router, default_max_tokens, router.max_tokens_limit(), 1, router.max_tokens_limit());
   NUMBER("router", router, max_connections, 1024, 1, 1u << 20);
-  if (router.api_keys_size() > 0) {
-    return Bad("router.api_keys", absl::StrCat(router.api_keys_size(), router.api_keys_size() == 1 ? " key" : " keys"),
-               "none, since no port checks keys and one that nobody checks would look like a lock; put a proxy that "
-               "authenticates in front");
-  }
+  RETURN_IF_ERROR(CompleteLimits(*router.mutable_limits()));
   if (router.log_level().empty()) router.set_log_level("info");
   return OneOf("router.log_level", router.log_level(), {"debug", "info", "warn", "error"});
 }
@@ -170,6 +186,9 @@ absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerS
   if (transfer.expert_transport().empty()) transfer.set_expert_transport("kvtransfer");
   RETURN_IF_ERROR(OneOf("transfer.expert_transport", transfer.expert_transport(), {"kvtransfer", "grpc"}));
   NUMBER("transfer", transfer, max_inflight_bytes, 64ull << 20, 1ull << 16, 1ull << 40);
+  if (transfer.listen_port() > 65535) {
+    return Bad("transfer.listen_port", absl::StrCat(transfer.listen_port()), "0 (any free port) to 65535");
+  }
   NUMBER("timers", timers, heartbeat_ms, 500, 50, 10000);
   NUMBER("timers", timers, dead_after_ms, 3000, 150, 60000);
   NUMBER("timers", timers, lease_ttl_ms, 10000, 1000, 60000);
@@ -185,6 +204,82 @@ absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerS
                absl::StrCat("at least 3 * timers.heartbeat_ms = ", 3 * timers.heartbeat_ms()));
   }
   return absl::OkStatus();
+}
+
+// The host of "host:port" means this machine alone. A name that is not localhost may be anything.
+bool OnLoopback(absl::string_view listen) {
+  const absl::string_view host = listen.substr(0, listen.rfind(':'));
+  return absl::StartsWith(host, "127.") || host == "localhost" || host == "[::1]" || host == "::1";
+}
+
+std::vector<const v1::WorkerSection*> Workers(const v1::ClusterConfig& config) {
+  std::vector<const v1::WorkerSection*> workers;
+  for (const auto& section : config.prefill()) workers.push_back(&section.worker());
+  for (const auto& section : config.decode()) workers.push_back(&section.worker());
+  for (const auto& section : config.expert()) workers.push_back(&section.worker());
+  return workers;
+}
+
+// What leaves loopback has a lock, or the document says that it need not.
+absl::Status CheckLocks(const v1::ClusterConfig& config) {
+  const v1::SecuritySection& security = config.security();
+  if (security.allow_insecure()) return absl::OkStatus();
+  const auto check = [](absl::string_view field, absl::string_view listen, bool locked, absl::string_view lock) {
+    if (locked || listen == "off" || OnLoopback(listen)) return absl::OkStatus();
+    return Bad(field, absl::StrCat("\"", listen, "\" without ", lock),
+               absl::StrCat("a loopback address, or ", lock,
+                            ", or security.allow_insecure where the network itself "
+                            "keeps strangers out"));
+  };
+  RETURN_IF_ERROR(check("router.control_listen", config.router().control_listen(), security.has_tls(), "security.tls"));
+  for (const v1::WorkerSection* worker : Workers(config)) {
+    RETURN_IF_ERROR(check(worker->name() + ": worker.listen", worker->listen(), security.has_tls(), "security.tls"));
+  }
+  // It asks workers to drain.
+  RETURN_IF_ERROR(check("router.operator_listen", config.router().operator_listen(), !security.api_keys_file().empty(),
+                        "security.api_keys_file"));
+  const std::string& blocks = config.transfer().listen_address();
+  if (!config.prefill().empty() && (blocks.empty() || blocks == "0.0.0.0" || blocks == "::")) {
+    return Bad("transfer.listen_address", blocks.empty() ? "nothing, which is every interface" : blocks,
+               "the address or the interface of a network that only workers share, since blocks are not encrypted, or "
+               "security.allow_insecure");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CompleteSecurity(v1::ClusterConfig& config, const std::string& base_dir) {
+  const auto path = [&](absl::string_view field, std::string* value) {
+    if (value->empty()) return Bad(field, "nothing", "a file");
+    if (std::filesystem::path(*value).is_relative()) {
+      *value = (std::filesystem::path(base_dir) / *value).lexically_normal().string();
+    }
+    return absl::OkStatus();
+  };
+  v1::SecuritySection& security = *config.mutable_security();
+  if (security.has_tls()) {
+    v1::TlsSection& tls = *security.mutable_tls();
+    RETURN_IF_ERROR(path("security.tls.certificate", tls.mutable_certificate()));
+    RETURN_IF_ERROR(path("security.tls.key", tls.mutable_key()));
+    RETURN_IF_ERROR(path("security.tls.ca", tls.mutable_ca()));
+    if (tls.trust_domain().empty()) tls.set_trust_domain("cluster.local");
+    NUMBER("security.tls", tls, reload_interval_ms, 10000, 1000, 3600000);
+    if (tls.reload_interval_ms() % 1000 != 0) {
+      return Bad("security.tls.reload_interval_ms", absl::StrCat(tls.reload_interval_ms()), "whole seconds");
+    }
+  }
+  if (security.has_public_tls()) {
+    RETURN_IF_ERROR(path("security.public_tls.certificate", security.mutable_public_tls()->mutable_certificate()));
+    RETURN_IF_ERROR(path("security.public_tls.key", security.mutable_public_tls()->mutable_key()));
+  }
+  if (!security.api_keys_file().empty()) {
+    RETURN_IF_ERROR(path("security.api_keys_file", security.mutable_api_keys_file()));
+  }
+  const std::vector<const v1::WorkerSection*> workers = Workers(config);
+  if (config.transfer().listen_address().empty() &&
+      std::all_of(workers.begin(), workers.end(), [](const auto* worker) { return OnLoopback(worker->listen()); })) {
+    config.mutable_transfer()->set_listen_address("127.0.0.1");
+  }
+  return CheckLocks(config);
 }
 
 }  // namespace
@@ -214,6 +309,7 @@ absl::StatusOr<v1::ClusterConfig> ParseClusterConfig(std::string_view json, cons
   RETURN_IF_ERROR(CompleteRouter(*config.mutable_router()));
   RETURN_IF_ERROR(CompleteRoles(config));
   RETURN_IF_ERROR(CompleteTransferAndTimers(*config.mutable_transfer(), *config.mutable_timers()));
+  RETURN_IF_ERROR(CompleteSecurity(config, base_dir));
   return config;
 }
 

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "services/common/clock.h"
 #include "services/common/rpc.h"
+#include "spdlog/spdlog.h"
 
 namespace millrace {
 namespace {
@@ -51,12 +52,14 @@ class JoinClient::Stream : public grpc::ClientBidiReactor<v1::WorkerMessage, v1:
     std::lock_guard<std::mutex> lock(mutex_);
     return broken_ || done_;
   }
-  // Ends the call and waits until gRPC has let go of this object; local, hence prompt.
-  void Close() {
-    context_.TryCancel();
+  // Ends the call and waits until gRPC has let go of this object; local, hence prompt. Returns how it ended: what broke
+  // it, or Cancelled.
+  grpc::Status Close() {
+    if (!broken()) context_.TryCancel();
     RemoveHold();
     std::unique_lock<std::mutex> lock(mutex_);
     finished_.wait(lock, [this] { return done_; });
+    return status_;
   }
 
  private:
@@ -90,10 +93,11 @@ class JoinClient::Stream : public grpc::ClientBidiReactor<v1::WorkerMessage, v1:
     }
     client_.wake_.notify_all();
   }
-  void OnDone(const grpc::Status&) override {
+  void OnDone(const grpc::Status& status) override {
     // Notified under the lock: Close may destroy this object as soon as it sees done_.
     std::lock_guard<std::mutex> lock(mutex_);
     done_ = true;
+    status_ = status;
     client_.wake_.notify_all();
     finished_.notify_all();
   }
@@ -106,6 +110,7 @@ class JoinClient::Stream : public grpc::ClientBidiReactor<v1::WorkerMessage, v1:
   std::condition_variable finished_;
   std::deque<v1::WorkerMessage> outbox_;
   std::deque<v1::RouterMessage> inbox_;
+  grpc::Status status_;
   bool writing_ = false, broken_ = false, done_ = false;
 };
 
@@ -151,7 +156,7 @@ bool JoinClient::connected() const {
 }
 
 void JoinClient::Run() {
-  const auto channel = MakeChannel(options_.router_address);
+  const auto channel = MakeChannel(options_.router_address, options_.security.get(), PeerRole::kRouter);
   const auto stub = v1::Cluster::NewStub(channel);
   absl::Duration redial = kFirstRedial;
   for (;;) {
@@ -159,7 +164,7 @@ void JoinClient::Run() {
     {
       Stream stream(*this, *stub);
       ServeStream(stream);
-      stream.Close();
+      LogEnd(stream.Close());
     }
     std::unique_lock<std::mutex> lock(mutex_);
     connected_ = false;
@@ -175,6 +180,13 @@ void JoinClient::Run() {
     }
     if (stop_) return;
   }
+}
+
+// Each reason once: a certificate that is refused is refused again at every attempt.
+void JoinClient::LogEnd(const grpc::Status& status) {
+  if (status.ok() || status.error_code() == grpc::StatusCode::CANCELLED || status.error_message() == last_end_) return;
+  last_end_ = status.error_message();
+  spdlog::warn("the stream to the router at {} ended: {}", options_.router_address, last_end_);
 }
 
 void JoinClient::ServeStream(Stream& stream) {

@@ -20,11 +20,13 @@
 #include "absl/time/time.h"
 #include "millrace/v1/cluster.grpc.pb.h"
 #include "services/common/incarnation.h"
+#include "services/common/peer_security.h"
 
 namespace millrace {
 
 struct JoinOptions {
   std::string router_address;                          // "host:port"
+  std::shared_ptr<const PeerSecurity> security;        // null: plain
   v1::WorkerHello hello;                               // complete
   absl::Duration heartbeat = absl::Milliseconds(500);  // until the router's welcome says otherwise
   absl::Duration dead_after = absl::Seconds(3);
@@ -55,6 +57,7 @@ class JoinClient {
   void ServeStream(Stream& stream);
   void Handle(Stream& stream, const v1::RouterMessage& message);
   void CheckSilence(absl::Time now);
+  void LogEnd(const grpc::Status& status);
 
   const JoinOptions options_;
   const JoinCallbacks callbacks_;
@@ -70,6 +73,7 @@ class JoinClient {
   absl::Time last_heard_;
   bool lost_ = true;  // nothing to lose before the first welcome
   uint64_t beat_ = 0;
+  std::string last_end_;  // why a stream ended, as logged
   std::thread thread_;
 };
 

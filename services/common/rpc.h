@@ -14,11 +14,13 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "services/common/peer_security.h"
 
 namespace millrace {
 
@@ -26,9 +28,10 @@ inline constexpr int kMaxInternalMessageBytes = 64 << 20;
 inline constexpr int kMaxPublicMessageBytes = 16 << 20;
 
 struct RpcServerOptions {
-  std::string listen;                                // "host:port"; port 0: any free one
-  int max_receive_bytes = kMaxInternalMessageBytes;  // larger requests are RESOURCE_EXHAUSTED
-  std::vector<std::string> service_names;            // whose health may be asked by name, beside the server's own
+  std::string listen;                                    // "host:port"; port 0: any free one
+  int max_receive_bytes = kMaxInternalMessageBytes;      // larger requests are RESOURCE_EXHAUSTED
+  std::vector<std::string> service_names;                // whose health may be asked by name, beside the server's own
+  std::shared_ptr<grpc::ServerCredentials> credentials;  // null: plain
 };
 
 class RpcServer {
@@ -54,19 +57,27 @@ class RpcServer {
   std::unique_ptr<grpc::Server> server_;
 };
 
-// A channel to one peer of ours.
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address);
+// A channel to one peer of ours. Null credentials: plain. `server_name`: instead of the address's, in the handshake.
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
+                                           const std::shared_ptr<grpc::ChannelCredentials>& credentials = nullptr,
+                                           const std::string& server_name = "");
+// A channel to a process of that role; `security` null: plain.
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const PeerSecurity* security, PeerRole role);
 
-// Channels by address, shared by who needs them. Bounded: beyond `max_channels` one that nobody uses is dropped.
+// Channels by address and role, shared by who needs them. Bounded: beyond `max_channels` one that nobody uses is
+// dropped.
 class ChannelPool {
  public:
-  explicit ChannelPool(size_t max_channels = 256) : max_channels_(max_channels) {}
-  std::shared_ptr<grpc::Channel> Get(const std::string& address);
+  explicit ChannelPool(std::shared_ptr<const PeerSecurity> security = nullptr, size_t max_channels = 256)
+      : security_(std::move(security)), max_channels_(max_channels) {}
+  std::shared_ptr<grpc::Channel> Get(const std::string& address, PeerRole role);
 
  private:
+  using Key = std::pair<std::string, PeerRole>;
+  const std::shared_ptr<const PeerSecurity> security_;
   const size_t max_channels_;
   std::mutex mutex_;
-  absl::flat_hash_map<std::string, std::shared_ptr<grpc::Channel>> channels_;  // guarded by mutex_
+  absl::flat_hash_map<Key, std::shared_ptr<grpc::Channel>> channels_;  // guarded by mutex_
 };
 
 }  // namespace millrace

@@ -58,13 +58,21 @@ absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services
     startup_.emplace(absl::StrCat(RoleWord(config_.role), " ", config_.worker().name()),
                      Ms(config_.cluster.timers().startup_timeout_ms()));
   }
+  const v1::SecuritySection& locks = config_.cluster.security();
+  std::shared_ptr<const PeerSecurity> security;
+  if (locks.has_tls()) {
+    ASSIGN_OR_RETURN(security, PeerSecurity::Create(locks.tls(), PeerRoleOf(config_.role)));
+  }
+  channels_.emplace(security);
   RpcServerOptions server_options;
+  if (security != nullptr) server_options.credentials = security->MakeServerCredentials();
   server_options.listen = config_.worker().listen();
   server_options.service_names = std::move(service_names);
   ASSIGN_OR_RETURN(server_, RpcServer::Start(server_options, services));
   address_ = AdvertisedAddress();
   JoinOptions options;
   options.router_address = config_.cluster.router().control_address();
+  options.security = std::move(security);
   options.heartbeat = Ms(config_.cluster.timers().heartbeat_ms());
   options.dead_after = Ms(config_.cluster.timers().dead_after_ms());
   options.hello.set_role(config_.role);
@@ -128,6 +136,8 @@ absl::Status WorkerCore::MakeTransport() {
   Waiting("the transport's devices");
   kvtransfer::TransportOptions options;
   options.name = config_.worker().name();
+  options.listen_address = config_.cluster.transfer().listen_address();
+  options.listen_port = static_cast<uint16_t>(config_.cluster.transfer().listen_port());
   ASSIGN_OR_RETURN(transport_, kvtransfer::CreateUcxTransport(options));
   StageDeviceMemory();
   spdlog::info("{} {} transport: {}", RoleWord(config_.role), config_.worker().name(), transport_->Describe());
@@ -183,8 +193,13 @@ void WorkerCore::SetReady(WorkerHooks hooks, v1::WorkerReady ready) {
     if (hooks_.on_peers && last_peers_.version() > 0) hooks_.on_peers(last_peers_);
   }
   ready_.store(true);
-  server_->SetServing(true);
+  SetServing(true);
   join_->SetReady(std::move(ready));
+}
+
+void WorkerCore::SetServing(bool serving) {
+  if (server_ != nullptr) server_->SetServing(serving);
+  if (environment_.on_serving) environment_.on_serving(serving);
 }
 
 void WorkerCore::Nudge() {
@@ -232,7 +247,7 @@ void WorkerCore::CheckProgress(const v1::WorkerStatus& status) {
 
 void WorkerCore::Drain(const std::function<bool()>& idle, absl::Duration grace) {
   draining_.store(true);
-  if (server_ != nullptr) server_->SetServing(false);
+  SetServing(false);
   Nudge();
   const absl::Time end = MonotonicNow() + grace;
   while (!idle() && MonotonicNow() < end) std::this_thread::sleep_for(std::chrono::milliseconds(5));

@@ -42,6 +42,7 @@ struct WorkerEnvironment {
   // Where metrics go; must outlive the worker. Null: a registry of its own, which nobody reads.
   prometheus::Registry* registry = nullptr;
   std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;
+  std::function<void(bool)> on_serving;  // as the gRPC health of this worker changes; any thread
   // Exits with status 70 when work is pending and no pass ends for too long, with 69 when the start-up stands still.
   // Not in tests inside one process.
   bool watchdog = false;
@@ -62,7 +63,7 @@ class WorkerCore {
   WorkerCore(WorkerConfig config, WorkerEnvironment environment);
   ~WorkerCore();  // Shutdown
 
-  // Binds, serves, joins. Unavailable: the address is taken.
+  // Binds, serves, joins. Unavailable: the address is taken. InvalidArgument: security.tls, with the file at fault.
   absl::Status StartServer(const std::vector<grpc::Service*>& services, std::vector<std::string> service_names);
   absl::Status MakeTransport();
   // NotFound, InvalidArgument: what is wrong with the model, in one line.
@@ -83,11 +84,12 @@ class WorkerCore {
   const IncarnationId& incarnation() const { return incarnation_; }
   const std::string& address() const { return address_; }
   kvtransfer::Transport& transport() { return *transport_; }
-  ChannelPool& channels() { return channels_; }
+  ChannelPool& channels() { return *channels_; }  // after StartServer
   WorkerMetrics& metrics() { return metrics_; }
 
  private:
   void StageDeviceMemory();
+  void SetServing(bool serving);
   void FillStatus(v1::WorkerStatus& status);
   void CheckProgress(const v1::WorkerStatus& status);
   std::string AdvertisedAddress() const;
@@ -97,7 +99,7 @@ class WorkerCore {
   const IncarnationId incarnation_;
   std::unique_ptr<prometheus::Registry> own_registry_;
   WorkerMetrics metrics_;
-  ChannelPool channels_;
+  std::optional<ChannelPool> channels_;
   std::string address_;
   std::optional<StartupWatch> startup_;  // until SetReady
   std::atomic<int64_t> load_done_{0}, load_total_{0};

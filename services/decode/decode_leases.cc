@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The leases half of the decode loop (decode_loop.h): granted, committed, ended, fenced.
+#include <sys/random.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -14,6 +16,13 @@ namespace millrace::decode {
 namespace {
 
 constexpr size_t kEndedAttempts = 4096;  // remembered, so that a late attempt is recognised
+
+// Blocks count only with their lease's epoch: whoever was not told it cannot guess it.
+uint64_t NewEpoch() {
+  uint64_t epoch = 0;
+  while (epoch == 0) CHECK(getrandom(&epoch, sizeof(epoch), 0) == sizeof(epoch), "getrandom");
+  return epoch;
+}
 
 }  // namespace
 
@@ -37,7 +46,7 @@ absl::StatusOr<v1::ReserveResponse> DecodeLoop::DoReserve(const v1::ReserveReque
   }
   Lease lease;
   lease.id = ++next_lease_;
-  lease.epoch = next_epoch_++;
+  lease.epoch = NewEpoch();
   const absl::Status opened =
       receiver_.Open({lease.id, lease.epoch},
                      ToExpectedExtents(engine_.Extents(*sequence, request.prompt_tokens()), engine_.options().device));
@@ -93,8 +102,7 @@ absl::StatusOr<Lease*> DecodeLoop::Find(const v1::LeaseRef& ref) {
     return absl::NotFoundError(absl::StrFormat("lease %x is not live here: ended, expired or never granted", ref.id()));
   }
   if (it->second.epoch != ref.epoch() && !failpoints::Bug("bug.stale_attempt")) {
-    return absl::AbortedError(
-        absl::StrCat("stale epoch ", ref.epoch(), ": ", LeaseName(it->second), " has epoch ", it->second.epoch));
+    return absl::AbortedError(absl::StrCat("stale epoch ", ref.epoch(), ": ", LeaseName(it->second), " has another"));
   }
   return &it->second;
 }

@@ -109,7 +109,6 @@ class DecodeLoop {
   absl::flat_hash_map<RequestKey, uint32_t> ended_attempts_;
   std::deque<RequestKey> ended_order_;
   uint64_t next_lease_ = 0;
-  uint64_t next_epoch_ = 1;
   uint64_t step_count_ = 0;
   bool draining_ = false;
   bool stopping_ = false;

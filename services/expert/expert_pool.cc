@@ -209,7 +209,7 @@ absl::Status ExpertPool::Connect(PoolMember& member) {
   if (!options_.over_grpc && (transport_ == nullptr || member.info.transfer_address().empty())) {
     return absl::FailedPreconditionError("has no transfer address: use expert_transport grpc");
   }
-  const auto channel = channels_.Get(member.info.control_address());
+  const auto channel = channels_.Get(member.info.control_address(), PeerRole::kExpert);
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMicroseconds(options_.attach_timeout));
   v1::AttachRequest request;

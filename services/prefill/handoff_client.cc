@@ -36,7 +36,7 @@ std::shared_ptr<Call<Request, Response>> MakeCall(ChannelPool& channels, const s
                                                   absl::Duration timeout,
                                                   absl::AnyInvocable<void(absl::StatusOr<Response>)> done) {
   auto call = std::make_shared<Call<Request, Response>>();
-  call->stub = v1::Handoff::NewStub(channels.Get(address));
+  call->stub = v1::Handoff::NewStub(channels.Get(address, PeerRole::kDecode));
   call->context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMicroseconds(timeout));
   call->request = std::move(request);
   call->done = std::move(done);

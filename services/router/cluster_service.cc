@@ -9,6 +9,7 @@
 #include <optional>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "services/common/grpc_status.h"
 
@@ -18,7 +19,9 @@ namespace {
 class JoinReactor final : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::RouterMessage>,
                           public WorkerConnection {
  public:
-  JoinReactor(EventLoop& loop, WorkerRegistry& registry) : loop_(loop), registry_(registry) {}
+  // `proven`: the role that the caller's certificate is for; nothing: no certificate was asked for.
+  JoinReactor(EventLoop& loop, WorkerRegistry& registry, std::optional<PeerRole> proven)
+      : loop_(loop), registry_(registry), proven_(proven) {}
 
   // gRPC calls OnDone from its own threads while the registry may still hold us: the last of the two deletes.
   void Start(std::shared_ptr<JoinReactor> self) {
@@ -33,7 +36,8 @@ class JoinReactor final : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::
       return;
     }
     loop_.Post([this, self = self_](TimePoint now) {
-      const absl::Status status = registry_.OnMessage(self, incoming_, now);
+      absl::Status status = CheckClaim();
+      if (status.ok()) status = registry_.OnMessage(self, incoming_, now);
       if (!status.ok()) {
         registry_.OnDisconnected(self, now);
         Close(status);
@@ -89,6 +93,15 @@ class JoinReactor final : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::
   }
 
  private:
+  // A worker that was broken into may say anything; its certificate says what it is.
+  absl::Status CheckClaim() const {
+    if (!proven_ || !incoming_.has_hello()) return absl::OkStatus();
+    const v1::Role claimed = incoming_.hello().role();
+    if (claimed != v1::ROLE_UNSPECIFIED && PeerRoleOf(claimed) == *proven_) return absl::OkStatus();
+    return absl::PermissionDeniedError(
+        absl::StrCat("hello.role: found ", v1::Role_Name(claimed), " with a certificate for ", PeerRoleWord(*proven_)));
+  }
+
   void StartNextRead() {
     absl::MutexLock lock(&mutex_);
     if (!finished_) StartRead(&incoming_);
@@ -108,6 +121,7 @@ class JoinReactor final : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::
 
   EventLoop& loop_;
   WorkerRegistry& registry_;
+  const std::optional<PeerRole> proven_;
   std::shared_ptr<JoinReactor> self_;  // until OnDone
   v1::WorkerMessage incoming_;         // the reading side's: gRPC, then the loop, then gRPC again
 
@@ -121,8 +135,11 @@ class JoinReactor final : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::
 
 }  // namespace
 
-grpc::ServerBidiReactor<v1::WorkerMessage, v1::RouterMessage>* ClusterService::Join(grpc::CallbackServerContext*) {
-  auto reactor = std::make_shared<JoinReactor>(loop_, registry_);
+grpc::ServerBidiReactor<v1::WorkerMessage, v1::RouterMessage>* ClusterService::Join(
+    grpc::CallbackServerContext* context) {
+  std::optional<PeerRole> proven;
+  if (security_ != nullptr) proven = security_->RoleOf(*context->auth_context());  // the table let it in: it has one
+  auto reactor = std::make_shared<JoinReactor>(loop_, registry_, proven);
   reactor->Start(reactor);
   return reactor.get();
 }

@@ -5,7 +5,11 @@
 // which post to the loop and return.
 #pragma once
 
+#include <memory>
+#include <utility>
+
 #include "millrace/v1/cluster.grpc.pb.h"
+#include "services/common/peer_security.h"
 #include "services/router/event_loop.h"
 #include "services/router/worker_registry.h"
 
@@ -13,14 +17,17 @@ namespace millrace::router {
 
 class ClusterService final : public v1::Cluster::CallbackService {
  public:
-  // Both must outlive the server that this service is registered with.
-  ClusterService(EventLoop& loop, WorkerRegistry& registry) : loop_(loop), registry_(registry) {}
+  // Both must outlive the server that this service is registered with. With `security` a worker may join as the role of
+  // its certificate only.
+  ClusterService(EventLoop& loop, WorkerRegistry& registry, std::shared_ptr<const PeerSecurity> security = nullptr)
+      : loop_(loop), registry_(registry), security_(std::move(security)) {}
 
   grpc::ServerBidiReactor<v1::WorkerMessage, v1::RouterMessage>* Join(grpc::CallbackServerContext* context) override;
 
  private:
   EventLoop& loop_;
   WorkerRegistry& registry_;
+  const std::shared_ptr<const PeerSecurity> security_;
 };
 
 }  // namespace millrace::router

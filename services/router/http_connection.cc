@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The life of a connection: head, body, reply, again; and its ways to end.
 //
-//   kIdle --first byte--> kHead --empty line--> kBody --last byte--> kReplying --last byte written--> kIdle
+//   [kHandshake -->] kIdle --first byte--> kHead --empty line--> kBody --last byte--> kReplying --last byte written-->
+//   kIdle
 //                 any error or timeout --> kFailing (the answer leaves, input is discarded) --> kLingering --> kClosed
 //
 // One read is pending in every phase, also while replying: it is the only prompt way to see a client hang up. What it
@@ -16,11 +17,13 @@
 #include <algorithm>
 #include <array>
 #include <boost/asio/post.hpp>
+#include <boost/asio/ssl/stream.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/beast/http/parser.hpp>
 #include <boost/beast/http/string_body.hpp>
 #include <cctype>
 #include <ctime>
+#include <optional>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -69,10 +72,12 @@ class Exchange;
 
 class Connection : public HttpConnection, public std::enable_shared_from_this<Connection> {
  public:
-  Connection(std::shared_ptr<HttpShared> shared, asio::ip::tcp::socket socket, std::function<void()> on_end)
+  Connection(std::shared_ptr<HttpShared> shared, asio::ip::tcp::socket socket,
+             std::shared_ptr<asio::ssl::context> tls_context, std::function<void()> on_end)
       : shared_(std::move(shared)),
         limits_(shared_->options.limits),
         socket_(std::move(socket)),
+        tls_context_(std::move(tls_context)),
         read_timer_(socket_.get_executor()),
         write_timer_(socket_.get_executor()),
         exchange_timer_(socket_.get_executor()),
@@ -86,13 +91,14 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
   void Start() override {
     OnStrand([this] {
       ConfigureSocket();
+      if (tls_context_ != nullptr) return Handshake();
       BeginRequest();
     });
   }
 
   void CloseIfIdle() override {
     OnStrand([this] {
-      if (phase_ == Phase::kIdle) Shut();
+      if (phase_ == Phase::kIdle || phase_ == Phase::kHandshake) Shut();
     });
   }
 
@@ -103,7 +109,7 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
  private:
   friend class Exchange;
 
-  enum class Phase { kIdle, kHead, kBody, kReplying, kFailing, kLingering, kClosed };
+  enum class Phase { kHandshake, kIdle, kHead, kBody, kReplying, kFailing, kLingering, kClosed };
 
   // Keeps the connection alive for the call; the strand orders it.
   template <typename F>
@@ -118,6 +124,17 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
     socket_.set_option(asio::ip::tcp::no_delay(true), ignored);
     const auto user_timeout = static_cast<unsigned>(limits_.tcp_user_timeout.count());
     ::setsockopt(socket_.native_handle(), IPPROTO_TCP, TCP_USER_TIMEOUT, &user_timeout, sizeof user_timeout);
+  }
+
+  void Handshake() {
+    phase_ = Phase::kHandshake;
+    tls_.emplace(socket_, *tls_context_);
+    ArmReadTimer(limits_.header_timeout);
+    tls_->async_handshake(asio::ssl::stream_base::server, [self = shared_from_this()](error_code error) {
+      if (self->phase_ != Phase::kHandshake) return;
+      if (error) return self->Shut();
+      self->BeginRequest();
+    });
   }
 
   // ---- Reading.
@@ -136,9 +153,10 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
     if (read_pending_ || input_ended_ || phase_ == Phase::kClosed) return;
     if (phase_ == Phase::kReplying && input_.size() >= limits_.max_read_ahead_bytes) return;
     read_pending_ = true;
-    socket_.async_read_some(asio::buffer(read_buffer_), [self = shared_from_this()](error_code error, size_t bytes) {
-      self->OnRead(error, bytes);
-    });
+    auto done = [self = shared_from_this()](error_code error, size_t bytes) { self->OnRead(error, bytes); };
+    const auto space = asio::buffer(read_buffer_);
+    if (tls_) return tls_->async_read_some(space, std::move(done));
+    socket_.async_read_some(space, std::move(done));
   }
 
   void OnRead(error_code error, size_t bytes) {
@@ -193,6 +211,9 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
     input_.erase(0, head->bytes);
     TakeHead();
     if (parser_->is_done()) return Dispatch();
+    if (shared_->options.gate) {
+      if (const absl::Status refusal = shared_->options.gate(request_); !refusal.ok()) return Fail(refusal);
+    }
 
     if (head->expects_continue && input_.empty()) Send("HTTP/1.1 100 Continue\r\n\r\n");
     phase_ = Phase::kBody;
@@ -279,6 +300,7 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
   void OnReadTimer() {
     if (read_timer_.expiry() > Clock::now()) return;  // armed again while this was on its way
     switch (phase_) {
+      case Phase::kHandshake:
       case Phase::kIdle:
       case Phase::kLingering:
         return Shut();
@@ -308,6 +330,7 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
     HttpResponse response{.status = error.http_status, .body = error.ToJson(request_id)};
     response.headers.emplace_back("x-request-id", request_id);
     if (error.retry_after_s) response.headers.emplace_back("Retry-After", absl::StrCat(*error.retry_after_s));
+    if (error.http_status == 401) response.headers.emplace_back("WWW-Authenticate", "Bearer");
     if (shared_->options.metrics) shared_->options.metrics->CountRequest("unmatched", error.http_status);
     phase_ = Phase::kFailing;
     keep_alive_ = false;
@@ -337,9 +360,10 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
   }
 
   void SendRest() {
-    socket_.async_write_some(
-        asio::buffer(sending_.data() + sent_, sending_.size() - sent_),
-        [self = shared_from_this()](error_code error, size_t bytes) { self->OnSent(error, bytes); });
+    auto done = [self = shared_from_this()](error_code error, size_t bytes) { self->OnSent(error, bytes); };
+    const auto rest = asio::buffer(sending_.data() + sent_, sending_.size() - sent_);
+    if (tls_) return tls_->async_write_some(rest, std::move(done));
+    socket_.async_write_some(rest, std::move(done));
   }
 
   void OnSent(error_code error, size_t bytes) {
@@ -390,10 +414,18 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
     if (input_ended_) return Shut();
     phase_ = Phase::kLingering;
     input_.clear();
+    ArmReadTimer(limits_.linger_timeout);
+    if (tls_) {  // says that the end is the end, and not a cut
+      tls_->async_shutdown([self = shared_from_this()](error_code) { self->ShutdownSend(); });
+    } else {
+      ShutdownSend();
+    }
+    Read();
+  }
+
+  void ShutdownSend() {
     error_code ignored;
     socket_.shutdown(asio::ip::tcp::socket::shutdown_send, ignored);
-    ArmReadTimer(limits_.linger_timeout);
-    Read();
   }
 
   void Shut();
@@ -401,6 +433,8 @@ class Connection : public HttpConnection, public std::enable_shared_from_this<Co
   const std::shared_ptr<HttpShared> shared_;  // first: the io_context outlives what is bound to it
   const HttpLimits& limits_;
   asio::ip::tcp::socket socket_;
+  const std::shared_ptr<asio::ssl::context> tls_context_;         // null: plain
+  std::optional<asio::ssl::stream<asio::ip::tcp::socket&>> tls_;  // over socket_, from the handshake on
   asio::steady_timer read_timer_, write_timer_, exchange_timer_;
   std::function<void()> on_end_;
   Phase phase_ = Phase::kIdle;
@@ -574,8 +608,9 @@ void Connection::Shut() {
 }  // namespace
 
 std::shared_ptr<HttpConnection> MakeHttpConnection(std::shared_ptr<HttpShared> shared, asio::ip::tcp::socket socket,
+                                                   std::shared_ptr<asio::ssl::context> tls,
                                                    std::function<void()> on_end) {
-  return std::make_shared<Connection>(std::move(shared), std::move(socket), std::move(on_end));
+  return std::make_shared<Connection>(std::move(shared), std::move(socket), std::move(tls), std::move(on_end));
 }
 
 std::string FormatHttpResponse(const HttpResponse& response, bool keep_alive, bool head_only) {

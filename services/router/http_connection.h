@@ -8,6 +8,7 @@
 #include <atomic>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/ssl/context.hpp>
 #include <memory>
 
 #include "services/router/http_server.h"
@@ -36,9 +37,12 @@ class HttpConnection {
   virtual void Close() = 0;
 };
 
-// `socket` is accepted and has a strand for executor. `on_end` runs once, when the connection is destroyed.
+// `socket` is accepted and has a strand for executor. `tls` null: plain. `on_end` runs once, when the connection is
+// destroyed.
 std::shared_ptr<HttpConnection> MakeHttpConnection(std::shared_ptr<HttpShared> shared,
-                                                   boost::asio::ip::tcp::socket socket, std::function<void()> on_end);
+                                                   boost::asio::ip::tcp::socket socket,
+                                                   std::shared_ptr<boost::asio::ssl::context> tls,
+                                                   std::function<void()> on_end);
 
 // The bytes of a reply without a body stream: head and body. `head_only` for HEAD.
 std::string FormatHttpResponse(const HttpResponse& response, bool keep_alive, bool head_only);

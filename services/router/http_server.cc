@@ -20,6 +20,7 @@
 #include "services/common/error.h"
 #include "services/common/http_status.h"
 #include "services/router/http_connection.h"
+#include "services/router/http_tls.h"
 
 namespace millrace::router {
 
@@ -168,7 +169,8 @@ class HttpServer::Impl : public std::enable_shared_from_this<HttpServer::Impl> {
       }
     }
     if (refusal != nullptr) return Refuse(socket, refusal);
-    auto connection = MakeHttpConnection(shared_, std::move(socket),
+    const auto& tls = shared_->options.tls;
+    auto connection = MakeHttpConnection(shared_, std::move(socket), tls == nullptr ? nullptr : tls->Current(),
                                          [self = shared_from_this(), id, address] { self->OnEnd(id, address); });
     {
       const std::lock_guard lock(mutex_);
@@ -181,6 +183,7 @@ class HttpServer::Impl : public std::enable_shared_from_this<HttpServer::Impl> {
   // One try to say why; a full socket buffer at accept does not happen, and waiting would defeat the limit.
   void Refuse(asio::ip::tcp::socket& socket, const char* reason) {
     if (shared_->options.metrics) shared_->options.metrics->CountConnectionRefused(reason);
+    if (shared_->options.tls != nullptr) return;  // words would need a handshake, which is what there is no room for
     const HttpError refusal = ToHttpError(
         MakeError(absl::StatusCode::kUnavailable, "Too many connections.", {.code = reason, .retry_after_s = 1}));
     HttpResponse response{.status = refusal.http_status, .body = refusal.ToJson(NewRequestId())};

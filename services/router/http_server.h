@@ -26,6 +26,8 @@
 
 namespace millrace::router {
 
+class HttpTls;
+
 struct HttpRequest {
   std::string method;
   std::string target;                                        // as received
@@ -82,6 +84,10 @@ class HttpExchange {
   virtual void SetTimer(std::chrono::milliseconds delay) = 0;
 };
 
+// Looks at the head of a request that has a body, before any of the body is read; an error is the answer, and the end
+// of the connection. On the connection's strand.
+using HttpGate = std::function<absl::Status(const HttpRequest& head)>;
+
 using HttpHandler = std::function<void(HttpRequest request, std::shared_ptr<HttpExchange> exchange)>;
 
 struct HttpServerOptions {
@@ -89,6 +95,8 @@ struct HttpServerOptions {
   uint16_t port = 0;  // 0: any free one
   int threads = 2;
   HttpLimits limits;
+  HttpGate gate;                   // empty: none
+  std::shared_ptr<HttpTls> tls;    // null: plain
   HttpMetrics* metrics = nullptr;  // may be null; must outlive the server
 };
 

@@ -193,6 +193,13 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
       allowed.emplace_back(route.method);
       if (route.method == request.method || (route.method == "GET" && request.method == "HEAD")) match = &route;
     }
+    std::string tenant;
+    const bool locked = is_public ? !allowed.empty() && NeedsKey(request) : request.method == "POST";
+    if (options_.keys != nullptr && locked) {
+      auto admitted = Authenticate(request, is_public ? ApiKeys::Door::kPublic : ApiKeys::Door::kOperator);
+      if (!admitted.ok()) return Answer(admitted.status(), match ? match->path : "unmatched", headers, *exchange);
+      tenant = *std::move(admitted);
+    }
     const std::optional<std::string> drained = is_public ? std::nullopt : WorkerToDrain(request);
     if (drained) allowed = {"POST"};
     if (drained && request.method == "POST") return DrainWorker(*drained, request, headers, *exchange);
@@ -204,7 +211,8 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     switch (match->kind) {
       case Route::kChat:
       case Route::kCompletions:
-        return Generate(*match, *std::move(request_id), std::move(request), std::move(headers), std::move(exchange));
+        return Generate(*match, *std::move(request_id), std::move(tenant), std::move(request), std::move(headers),
+                        std::move(exchange));
       case Route::kModels:
         return AnswerModels(headers, *exchange);
       case Route::kHealth:
@@ -220,12 +228,22 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
 
   void BeginDrain() { draining_ = true; }
 
+  bool has_keys() const { return options_.keys != nullptr; }
+  absl::StatusOr<std::string> Authenticate(const HttpRequest& request, ApiKeys::Door door) const {
+    return options_.keys->Authenticate(request.Header("authorization"), door);
+  }
+
   int num_requests() const {
     const std::lock_guard lock(mutex_);
     return static_cast<int>(live_ids_.size());
   }
 
  private:
+  // Probes have no key, and a browser asks whether it may send one without sending it.
+  static bool NeedsKey(const HttpRequest& request) {
+    return request.path != "/healthz" && request.path != "/readyz" && request.method != "OPTIONS";
+  }
+
   static std::string RouteName(const Route& route) { return std::string(route.path); }
 
   // ---- Small answers.
@@ -357,7 +375,7 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
 
   // ---- Generation.
 
-  void Generate(const Route& route, std::string request_id, HttpRequest request, Headers headers,
+  void Generate(const Route& route, std::string request_id, std::string tenant, HttpRequest request, Headers headers,
                 std::shared_ptr<HttpExchange> exchange) {
     const std::string name = RouteName(route);
     const auto refuse = [&](const absl::Status& status) { Answer(status, name, headers, *exchange); };
@@ -365,7 +383,15 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     const auto timeout = ReadTimeout(request, options_.limits);
     if (!timeout.ok()) return refuse(timeout.status());
     if (draining_) return refuse(Ready());
-    if (const auto status = Register(request_id); !status.ok()) return refuse(status);
+    std::shared_ptr<Permit> permit;
+    if (options_.keys != nullptr) {
+      auto admitted = options_.keys->Admit(tenant, request.received_at);
+      if (!admitted.ok()) return refuse(admitted.status());
+      permit = *std::move(admitted);
+    }
+    // Ids are a tenant's own: nobody can occupy another's, or find out that it is in use.
+    const std::string live_id = Concat(tenant, "/", request_id);
+    if (const auto status = Register(live_id); !status.ok()) return refuse(status);
 
     SessionContext context;
     context.exchange = exchange;
@@ -380,7 +406,12 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     context.received_at = request.received_at;
     context.deadline = request.received_at + *timeout;
     // Freed with its last copy, whichever way the request ends.
-    context.on_end = [live = std::make_shared<LiveId>(shared_from_this(), request_id)]() mutable { live->Release(); };
+    context.on_end = [live = std::make_shared<LiveId>(shared_from_this(), live_id), permit]() mutable {
+      live->Release();
+      if (permit != nullptr) permit->Release();
+    };
+    context.tenant = std::move(tenant);
+    context.permit = std::move(permit);
 
     const auto kind = route.kind;
     if (request.body.size() < kParseElsewhereBytes) return ParseAndStart(kind, request.body, std::move(context));
@@ -463,6 +494,11 @@ HttpHandler OpenAiApi::PublicHandler() {
   return [core = core_](HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
     core->Handle(kPublicRoutes, /*is_public=*/true, std::move(request), std::move(exchange));
   };
+}
+
+HttpGate OpenAiApi::PublicGate() {
+  if (!core_->has_keys()) return nullptr;
+  return [core = core_](const HttpRequest& head) { return core->Authenticate(head, ApiKeys::Door::kPublic).status(); };
 }
 
 HttpHandler OpenAiApi::OperatorHandler() {

@@ -14,6 +14,7 @@
 #include <string>
 
 #include "services/common/metrics.h"
+#include "services/router/api_keys.h"
 #include "services/router/generation.h"
 #include "services/router/http_server.h"
 #include "services/router/openai_request.h"
@@ -30,6 +31,8 @@ struct OpenAiApiOptions {
   // Asks a worker to drain, for the operator's POST /workers/NAME/drain; NotFound: there is no such worker. Any thread;
   // empty: there is no such route.
   std::function<absl::Status(const std::string& name)> drain_worker;
+  // Who may use the public routes but health, and the operator's POSTs; must outlive the servers. Null: everybody.
+  ApiKeys* keys = nullptr;
   int parse_threads = 1;
   // Browsers on this origin may call the API ("*": any). Empty: none, which keeps web pages away from a server on
   // loopback.
@@ -43,6 +46,8 @@ class OpenAiApi {
   ~OpenAiApi();
 
   HttpHandler PublicHandler();
+  // With keys: no body is read of whom they do not let in. Without: empty.
+  HttpGate PublicGate();
   HttpHandler OperatorHandler();
 
   // From now on /readyz says no and new generation requests get 503.

@@ -78,6 +78,9 @@ class Session : public std::enable_shared_from_this<Session> {
   Json TakeLogprobs(Choice& choice);
   ReplyUsage Usage() const;
   int64_t DeliveredTokens() const;
+  void Charge(int64_t tokens) {
+    if (context_.permit != nullptr) context_.permit->ChargeTokens(tokens, Clock::now());
+  }
   void CancelAll();
   void End(int code);
 
@@ -133,6 +136,7 @@ void Session::Start() {
   context_.exchange->SetCallbacks(std::move(callbacks));
   ArmTimer();
 
+  for (const auto& prompt : request_.prompts) Charge(static_cast<int64_t>(prompt.size()));
   // As OpenAI numbers them: all choices of the first prompt, then those of the next.
   const int32_t num_choices = static_cast<int32_t>(request_.prompts.size()) * request_.n;
   choices_.reserve(num_choices);
@@ -152,7 +156,7 @@ void Session::Start() {
     generation.min_tokens = request_.min_tokens;
     generation.ignore_eos = request_.ignore_eos;
     generation.num_logprobs = request_.num_logprobs;
-    generation.cache_salt = request_.cache_salt;
+    generation.cache_salt = TenantSalt(context_.tenant, request_.cache_salt);
     generation.deadline = context_.deadline;
     auto started = context_.generations->Start(std::move(generation),
                                                std::make_shared<ChoiceSink>(shared_from_this(), context_.exchange, i));
@@ -188,6 +192,7 @@ void Session::OnToken(int32_t index, GeneratedToken token) {
   }
   choice.last_token_at = now;
   ++choice.tokens;
+  Charge(1);
   text::CompletionDelta delta = choice.text.Push(token.id);
   if (request_.num_logprobs >= 0) choice.unsent_logprobs.push_back(std::move(token));
   Deliver(choice, std::move(delta));
@@ -397,6 +402,7 @@ HttpResponse ErrorResponse(const absl::Status& status, const std::string& reques
   const HttpError error = ToHttpError(status);
   HttpResponse response{.status = error.http_status, .headers = headers, .body = error.ToJson(request_id)};
   if (error.retry_after_s) response.headers.emplace_back("Retry-After", absl::StrCat(*error.retry_after_s));
+  if (error.http_status == 401) response.headers.emplace_back("WWW-Authenticate", "Bearer");
   return response;
 }
 

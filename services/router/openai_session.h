@@ -13,6 +13,7 @@
 #include <memory>
 
 #include "services/common/metrics.h"
+#include "services/router/api_keys.h"
 #include "services/router/generation.h"
 #include "services/router/http_limits.h"
 #include "services/router/http_server.h"
@@ -26,6 +27,8 @@ struct SessionContext {
   HttpMetrics* metrics = nullptr;            // outlives the session
   const ServedModel* model = nullptr;        // outlives the session
   ApiLimits limits;
+  std::string tenant;                                        // whose key it came with; empty: no keys are asked for
+  std::shared_ptr<Permit> permit;                            // null: no keys are asked for
   std::string route;                                         // for the metric
   std::string request_id;                                    // in replies and errors
   std::string generation_id;                                 // unique, for the cluster

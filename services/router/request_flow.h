@@ -43,12 +43,13 @@ namespace millrace::router {
 
 struct FlowOptions {
   IncarnationId router;
-  std::vector<int32_t> end_ids;        // ids that end a sequence (unless ignore_eos)
-  int max_requests = 256;              // generations not yet ended, queued ones included
-  milliseconds queue_timeout{10000};   // longest wait for a place
-  milliseconds lease_ttl{10000};       // renewed every third
-  milliseconds reserve_timeout{3000};  // a decode worker that does not answer in this time is taken for gone
-  milliseconds abort_timeout{500};     // of one Abort call; repeated every 200 ms until it is answered
+  std::shared_ptr<const PeerSecurity> security;  // of calls to workers; null: plain
+  std::vector<int32_t> end_ids;                  // ids that end a sequence (unless ignore_eos)
+  int max_requests = 256;                        // generations not yet ended, queued ones included
+  milliseconds queue_timeout{10000};             // longest wait for a place
+  milliseconds lease_ttl{10000};                 // renewed every third
+  milliseconds reserve_timeout{3000};            // a decode worker that does not answer in this time is taken for gone
+  milliseconds abort_timeout{500};               // of one Abort call; repeated every 200 ms until it is answered
   milliseconds default_deadline{600000};
   milliseconds max_deadline{3600000};
   int max_attempts = 3;  // of one generation, before its first token only

@@ -292,7 +292,7 @@ ClusterSnapshot RequestFlow::BookedSnapshot() const {
 
 std::shared_ptr<WorkerPeer> RequestFlow::Peer(const WorkerView& view) {
   std::shared_ptr<WorkerPeer>& peer = peers_[view.incarnation];
-  if (peer == nullptr) peer = std::make_shared<WorkerPeer>(view);
+  if (peer == nullptr) peer = std::make_shared<WorkerPeer>(view, options_.security.get());
   return peer;
 }
 

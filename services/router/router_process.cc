@@ -18,8 +18,10 @@
 #include "services/common/metrics.h"
 #include "services/common/rpc.h"
 #include "services/common/startup_watch.h"
+#include "services/router/api_keys.h"
 #include "services/router/cluster_service.h"
 #include "services/router/http_server.h"
+#include "services/router/http_tls.h"
 #include "services/router/openai_api.h"
 #include "services/router/request_flow.h"
 #include "services/router/router_service.h"
@@ -39,6 +41,39 @@ absl::StatusOr<std::pair<std::string, uint16_t>> SplitListen(const std::string& 
   std::string host = listen.substr(0, colon);
   if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
   return std::make_pair(host, static_cast<uint16_t>(port));
+}
+
+constexpr size_t kOperatorConnections = 64;
+
+HttpLimits ConfiguredHttpLimits(const v1::RouterSection& section) {
+  const v1::LimitSection& given = section.limits();
+  HttpLimits limits;
+  limits.max_connections = section.max_connections();
+  limits.max_connections_per_address = given.max_connections_per_address();
+  limits.max_header_bytes = given.max_header_bytes();
+  limits.max_body_bytes = given.max_body_bytes();
+  limits.max_body_bytes_total = given.max_body_bytes_total();
+  limits.header_timeout = milliseconds(given.header_timeout_ms());
+  limits.body_idle_timeout = milliseconds(given.body_idle_timeout_ms());
+  limits.keep_alive_timeout = milliseconds(given.keep_alive_timeout_ms());
+  limits.slow_reader_timeout = milliseconds(given.slow_reader_timeout_ms());
+  limits.tcp_user_timeout = std::max(limits.tcp_user_timeout, 2 * limits.slow_reader_timeout);
+  limits.soft_write_buffer_bytes = given.write_buffer_bytes();
+  limits.hard_write_buffer_bytes = 4 * given.write_buffer_bytes();
+  return limits;
+}
+
+ApiLimits ConfiguredApiLimits(const v1::RouterSection& section) {
+  const v1::LimitSection& given = section.limits();
+  ApiLimits limits;
+  limits.max_requests = section.max_requests();
+  limits.default_timeout = milliseconds(section.default_deadline_ms());
+  limits.max_timeout = milliseconds(given.max_timeout_ms());
+  limits.max_messages = given.max_messages();
+  limits.max_tools = given.max_tools();
+  limits.max_n = static_cast<int>(given.max_n());
+  limits.max_stops = given.max_stops();
+  return limits;
 }
 
 const char* RoleWord(v1::Role role) {
@@ -105,6 +140,7 @@ class RouterProcessImpl final : public RouterProcess {
     RETURN_IF_ERROR(LoadModel());
     http_metrics_.emplace(registry_metrics_, model_.id);
     flow_metrics_.emplace(registry_metrics_);
+    RETURN_IF_ERROR(OpenLocks(config.security()));
     const IncarnationId self = IncarnationId::Random();
     const v1::TimerSection& timers = config.timers();
     registry_.emplace(RegistryOptions{.router = self,
@@ -112,14 +148,16 @@ class RouterProcessImpl final : public RouterProcess {
                                       .dead_after = milliseconds(timers.dead_after_ms())});
     FlowOptions options;
     options.router = self;
+    options.security = security_;
     options.end_ids = {model_config_.eos_token_id};
     options.max_requests = static_cast<int>(config.router().max_requests());
     options.queue_timeout = milliseconds(config.router().queue_timeout_ms());
     options.lease_ttl = milliseconds(timers.lease_ttl_ms());
     options.abort_timeout = milliseconds(timers.abort_timeout_ms());
     options.default_deadline = milliseconds(config.router().default_deadline_ms());
+    options.max_deadline = milliseconds(config.router().limits().max_timeout_ms());
     flow_.emplace(loop_, *registry_, options, *flow_metrics_);
-    cluster_service_.emplace(loop_, *registry_);
+    cluster_service_.emplace(loop_, *registry_, security_);
     RETURN_IF_ERROR(OpenInternal());
     return OpenFronts();
   }
@@ -183,9 +221,24 @@ class RouterProcessImpl final : public RouterProcess {
     return absl::OkStatus();
   }
 
+  absl::Status OpenLocks(const v1::SecuritySection& section) {
+    if (section.has_tls()) {
+      ASSIGN_OR_RETURN(security_, PeerSecurity::Create(section.tls(), PeerRole::kRouter));
+    }
+    if (section.has_public_tls()) {
+      ASSIGN_OR_RETURN(public_credentials_, MakePublicServerCredentials(section.public_tls()));
+      ASSIGN_OR_RETURN(public_tls_, HttpTls::Open(section.public_tls().certificate(), section.public_tls().key()));
+    }
+    if (!section.api_keys_file().empty()) {
+      ASSIGN_OR_RETURN(keys_, ApiKeys::Open(section.api_keys_file()));
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status OpenInternal() {
     RpcServerOptions options;
     options.listen = config_.router().control_listen();
+    if (security_ != nullptr) options.credentials = security_->MakeServerCredentials();
     options.service_names = {v1::Cluster::service_full_name()};
     ASSIGN_OR_RETURN(internal_grpc_, RpcServer::Start(options, {&*cluster_service_}));
     internal_grpc_->SetServing(true);
@@ -194,15 +247,14 @@ class RouterProcessImpl final : public RouterProcess {
 
   absl::Status OpenFronts() {
     const v1::RouterSection& section = config_.router();
-    ApiLimits limits;
-    limits.max_requests = std::max<size_t>(section.max_requests(), 1);
-    limits.default_timeout = milliseconds(section.default_deadline_ms());
+    const ApiLimits limits = ConfiguredApiLimits(section);
     OpenAiApiOptions api;
     api.model = model_;
     api.limits = limits;
     api.generations = &*flow_;
     api.registry = &registry_metrics_;
     api.metrics = &*http_metrics_;
+    api.keys = keys_.get();
     api.status = [this] { return StatusJson(*flow_); };
     api.drain_worker = [this](const std::string& name) {
       absl::Status status;
@@ -211,11 +263,17 @@ class RouterProcessImpl final : public RouterProcess {
     };
     api_ = std::make_unique<OpenAiApi>(std::move(api));
     if (!Off(section.http_listen())) {
-      ASSIGN_OR_RETURN(http_, OpenHttp("router.http_listen", section.http_listen(), section.max_connections(),
+      HttpServerOptions options;
+      options.limits = ConfiguredHttpLimits(section);
+      options.gate = api_->PublicGate();
+      options.tls = public_tls_;
+      ASSIGN_OR_RETURN(http_, OpenHttp("router.http_listen", section.http_listen(), std::move(options),
                                        api_->PublicHandler(), http_address_));
     }
     if (!Off(section.operator_listen())) {
-      ASSIGN_OR_RETURN(operator_, OpenHttp("router.operator_listen", section.operator_listen(), 64,
+      HttpServerOptions options;
+      options.limits.max_connections = kOperatorConnections;
+      ASSIGN_OR_RETURN(operator_, OpenHttp("router.operator_listen", section.operator_listen(), std::move(options),
                                            api_->OperatorHandler(), operator_address_));
     }
     if (!Off(section.grpc_listen())) {
@@ -223,6 +281,7 @@ class RouterProcessImpl final : public RouterProcess {
       service.model = model_;
       service.limits = limits;
       service.generations = &*flow_;
+      service.keys = keys_.get();
       const bool exact = config_.model().numerics() == "exact" ||
                          (config_.model().numerics().empty() && model_config_.weight_format == WeightFormat::kPlain);
       service.numerics = exact ? "exact" : "release";
@@ -230,6 +289,7 @@ class RouterProcessImpl final : public RouterProcess {
       RpcServerOptions options;
       options.listen = section.grpc_listen();
       options.max_receive_bytes = kMaxPublicMessageBytes;
+      options.credentials = public_credentials_;
       options.service_names = {v1::Inference::service_full_name()};
       ASSIGN_OR_RETURN(public_grpc_, RpcServer::Start(options, {inference_.get()}));
       public_grpc_->SetServing(true);
@@ -238,15 +298,13 @@ class RouterProcessImpl final : public RouterProcess {
   }
 
   absl::StatusOr<std::unique_ptr<HttpServer>> OpenHttp(const std::string& field, const std::string& listen,
-                                                       size_t max_connections, HttpHandler handler,
+                                                       HttpServerOptions options, HttpHandler handler,
                                                        std::string& bound) {
     ASSIGN_OR_RETURN(const auto address, SplitListen(field, listen));
-    HttpServerOptions options;
     options.address = address.first;
     options.port = address.second;
     options.metrics = &*http_metrics_;
-    if (max_connections > 0) options.limits.max_connections = max_connections;
-    absl::StatusOr<std::unique_ptr<HttpServer>> server = HttpServer::Start(options, std::move(handler));
+    absl::StatusOr<std::unique_ptr<HttpServer>> server = HttpServer::Start(std::move(options), std::move(handler));
     if (!server.ok()) {
       return absl::Status(server.status().code(), absl::StrCat(field, " ", listen, ": ", server.status().message()));
     }
@@ -261,6 +319,10 @@ class RouterProcessImpl final : public RouterProcess {
   prometheus::Registry registry_metrics_;
   std::optional<HttpMetrics> http_metrics_;
   std::optional<FlowMetrics> flow_metrics_;
+  std::shared_ptr<const PeerSecurity> security_;                 // null: no security.tls
+  std::shared_ptr<grpc::ServerCredentials> public_credentials_;  // null, as the next: no security.public_tls
+  std::shared_ptr<HttpTls> public_tls_;
+  std::unique_ptr<ApiKeys> keys_;  // null: no security.api_keys_file
   EventLoop loop_{"router-loop"};
   std::optional<WorkerRegistry> registry_;
   std::optional<RequestFlow> flow_;

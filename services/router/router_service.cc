@@ -6,7 +6,9 @@
 #include <atomic>
 #include <chrono>
 #include <deque>
+#include <optional>
 #include <random>
+#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -20,7 +22,8 @@
 
 namespace millrace::router {
 
-// Request id -> how to cancel that call. Shared with reactors, which may outlive the service's last method call.
+// A caller's name for a request, unique among tenants -> how to cancel that call. Shared with reactors, which may
+// outlive the service's last method call.
 class RouterService::Running {
  public:
   // False: an id that is running already.
@@ -69,6 +72,11 @@ grpc::Status PublicStatus(grpc::CallbackServerContext* context, const absl::Stat
   return ToPublicGrpcStatus(status);
 }
 
+// Ids are a tenant's own: nobody can occupy, abort or find out another's.
+std::string RunningId(const std::string& tenant, const std::string& request_id) {
+  return absl::StrCat(tenant, "/", request_id);
+}
+
 void FillToken(const GeneratedToken& from, v1::Token* to) {
   to->set_index(static_cast<uint64_t>(from.index));
   to->set_id(static_cast<uint32_t>(from.id));
@@ -113,13 +121,16 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
       : context_(context), running_(std::move(running)), all_tokens_(all_tokens) {}
 
   // Never fails: what is wrong becomes the call's status.
-  void Start(std::shared_ptr<CallReactor> self, std::string request_id, absl::StatusOr<ApiRequest> request,
-             const text::Tokenizer& tokenizer, GenerationService& generations) {
+  void Start(std::shared_ptr<CallReactor> self, const std::string& tenant, std::shared_ptr<Permit> permit,
+             std::string request_id, absl::StatusOr<ApiRequest> request, const text::Tokenizer& tokenizer,
+             GenerationService& generations) {
     self_ = std::move(self);
+    permit_ = std::move(permit);
     if (request_id.empty()) request_id = NewRequestId();
     if (!request.ok()) return End(request.status());
+    running_id_ = RunningId(tenant, request_id);
     const std::weak_ptr<CallReactor> weak = self_;
-    if (!running_->Add(request_id, this, [weak] {
+    if (!running_->Add(running_id_, this, [weak] {
           if (const auto call = weak.lock()) call->CancelGeneration();
         })) {
       return End(MakeError(absl::StatusCode::kAlreadyExists, "a request with this id is running",
@@ -128,6 +139,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     request_id_ = request_id;
     request_ = *std::move(request);
     text_.emplace(request_, tokenizer);
+    Charge(static_cast<int64_t>(request_.prompts.front().size()));
 
     GenerationRequest generation;
     // Unique even if the caller uses an id again.
@@ -140,7 +152,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     generation.min_tokens = request_.min_tokens;
     generation.ignore_eos = request_.ignore_eos;
     generation.num_logprobs = request_.num_logprobs;
-    generation.cache_salt = request_.cache_salt;
+    generation.cache_salt = TenantSalt(tenant, request_.cache_salt);
     const auto left = context_->deadline() - std::chrono::system_clock::now();
     if (left < std::chrono::hours(2)) {  // no deadline reads as one far away
       generation.deadline =
@@ -161,6 +173,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     absl::MutexLock lock(&mutex_);
     if (ended_) return;
     ++completion_tokens_;
+    Charge(1);
     Event event;
     FillDelta(text_->Push(token.id), &event);
     if (all_tokens_ || request_.num_logprobs >= 0) FillToken(token, AddToken(&event));
@@ -226,6 +239,10 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     EndLocked(absl::OkStatus());
   }
 
+  void Charge(int64_t tokens) {
+    if (permit_ != nullptr) permit_->ChargeTokens(tokens, std::chrono::steady_clock::now());
+  }
+
   void End(absl::Status status) {
     absl::MutexLock lock(&mutex_);
     EndLocked(std::move(status));
@@ -234,7 +251,8 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
   void EndLocked(absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     if (ended_) return;
     ended_ = true;
-    running_->Remove(request_id_, this);  // there is nothing left to abort
+    running_->Remove(running_id_, this);  // there is nothing left to abort
+    if (permit_ != nullptr) permit_->Release();
     if (!status.ok()) events_.clear();
     end_ = std::move(status);
     WriteNext();
@@ -269,7 +287,8 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
   const std::shared_ptr<RouterService::Running> running_;
   const bool all_tokens_;
   std::shared_ptr<CallReactor> self_;  // until OnDone
-  std::string request_id_;
+  std::shared_ptr<Permit> permit_;     // null: no keys are asked for
+  std::string request_id_, running_id_;
   ApiRequest request_;
   uint64_t seed_ = 0;
 
@@ -300,20 +319,40 @@ RouterService::RouterService(RouterServiceOptions options)
 
 RouterService::~RouterService() = default;
 
-grpc::ServerWriteReactor<v1::GenerateEvent>* RouterService::Generate(grpc::CallbackServerContext* context,
-                                                                     const v1::GenerateRequest* request) {
-  auto call = std::make_shared<CallReactor<v1::GenerateEvent>>(context, running_, /*all_tokens=*/true);
-  call->Start(call, request->request_id(), FromGenerate(*request, options_.model, options_.limits),
+absl::StatusOr<std::string> RouterService::Authenticate(const grpc::CallbackServerContext& context) const {
+  if (options_.keys == nullptr) return std::string();
+  const auto& metadata = context.client_metadata();
+  const auto found = metadata.find("authorization");
+  std::optional<std::string_view> given;
+  if (found != metadata.end()) given.emplace(found->second.data(), found->second.size());
+  return options_.keys->Authenticate(given, ApiKeys::Door::kPublic);
+}
+
+template <typename Event, typename Parse>
+grpc::ServerWriteReactor<Event>* RouterService::StartCall(grpc::CallbackServerContext* context,
+                                                          const std::string& request_id, bool all_tokens, Parse parse) {
+  auto call = std::make_shared<CallReactor<Event>>(context, running_, all_tokens);
+  const absl::StatusOr<std::string> tenant = Authenticate(*context);
+  absl::StatusOr<std::shared_ptr<Permit>> permit = std::shared_ptr<Permit>();
+  if (tenant.ok() && options_.keys != nullptr) permit = options_.keys->Admit(*tenant, std::chrono::steady_clock::now());
+  absl::StatusOr<ApiRequest> request = !tenant.ok()   ? tenant.status()
+                                       : !permit.ok() ? absl::StatusOr<ApiRequest>(permit.status())
+                                                      : parse();
+  call->Start(call, tenant.value_or(""), permit.value_or(nullptr), request_id, std::move(request),
               *options_.model.tokenizer, *options_.generations);
   return call.get();
 }
 
+grpc::ServerWriteReactor<v1::GenerateEvent>* RouterService::Generate(grpc::CallbackServerContext* context,
+                                                                     const v1::GenerateRequest* request) {
+  return StartCall<v1::GenerateEvent>(context, request->request_id(), /*all_tokens=*/true,
+                                      [&] { return FromGenerate(*request, options_.model, options_.limits); });
+}
+
 grpc::ServerWriteReactor<v1::ChatEvent>* RouterService::Chat(grpc::CallbackServerContext* context,
                                                              const v1::ChatRequest* request) {
-  auto call = std::make_shared<CallReactor<v1::ChatEvent>>(context, running_, /*all_tokens=*/false);
-  call->Start(call, request->request_id(), FromChat(*request, options_.model, options_.limits),
-              *options_.model.tokenizer, *options_.generations);
-  return call.get();
+  return StartCall<v1::ChatEvent>(context, request->request_id(), /*all_tokens=*/false,
+                                  [&] { return FromChat(*request, options_.model, options_.limits); });
 }
 
 absl::Status RouterService::CheckModel(const std::string& model) const {
@@ -324,6 +363,7 @@ absl::Status RouterService::CheckModel(const std::string& model) const {
 
 grpc::ServerUnaryReactor* RouterService::Tokenize(grpc::CallbackServerContext* context,
                                                   const v1::TokenizeRequest* request, v1::TokenizeResponse* response) {
+  if (absl::Status status = Authenticate(*context).status(); !status.ok()) return Answer(context, status);
   if (absl::Status status = CheckModel(request->model()); !status.ok()) return Answer(context, status);
   const auto ids = options_.model.tokenizer->Encode(request->text(), text::SpecialTokens::kMatch);
   if (!ids.ok()) return Answer(context, ids.status());
@@ -334,6 +374,7 @@ grpc::ServerUnaryReactor* RouterService::Tokenize(grpc::CallbackServerContext* c
 grpc::ServerUnaryReactor* RouterService::Detokenize(grpc::CallbackServerContext* context,
                                                     const v1::DetokenizeRequest* request,
                                                     v1::DetokenizeResponse* response) {
+  if (absl::Status status = Authenticate(*context).status(); !status.ok()) return Answer(context, status);
   if (absl::Status status = CheckModel(request->model()); !status.ok()) return Answer(context, status);
   for (int i = 0; i < request->ids_size(); ++i) {
     const int32_t id = request->ids(i);
@@ -351,15 +392,18 @@ grpc::ServerUnaryReactor* RouterService::Detokenize(grpc::CallbackServerContext*
 
 grpc::ServerUnaryReactor* RouterService::Abort(grpc::CallbackServerContext* context, const v1::AbortRequest* request,
                                                v1::AbortResponse* response) {
+  const absl::StatusOr<std::string> tenant = Authenticate(*context);
+  if (!tenant.ok()) return Answer(context, tenant.status());
   if (request->request_id().empty()) {
     return Answer(context, InvalidRequest("missing_field", "request_id", "request_id: missing"));
   }
-  response->set_was_running(running_->Cancel(request->request_id()));
+  response->set_was_running(running_->Cancel(RunningId(*tenant, request->request_id())));
   return Answer(context, absl::OkStatus());
 }
 
 grpc::ServerUnaryReactor* RouterService::ListModels(grpc::CallbackServerContext* context, const v1::ListModelsRequest*,
                                                     v1::ListModelsResponse* response) {
+  if (absl::Status status = Authenticate(*context).status(); !status.ok()) return Answer(context, status);
   v1::ModelInfo* info = response->add_models();
   info->set_id(options_.model.id);
   info->set_max_context_tokens(static_cast<uint64_t>(options_.model.context_length));

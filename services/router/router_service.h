@@ -16,6 +16,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "millrace/v1/inference.grpc.pb.h"
+#include "services/router/api_keys.h"
 #include "services/router/generation.h"
 #include "services/router/openai_request.h"
 
@@ -26,6 +27,7 @@ struct RouterServiceOptions {
   std::string numerics;  // for ListModels
   ApiLimits limits;
   GenerationService* generations = nullptr;  // must outlive the server
+  ApiKeys* keys = nullptr;                   // who may call; null: everybody. Must outlive the server
 };
 
 class RouterService final : public v1::Inference::CallbackService {
@@ -51,6 +53,12 @@ class RouterService final : public v1::Inference::CallbackService {
 
  private:
   absl::Status CheckModel(const std::string& model) const;
+  // The tenant whose key the call's metadata holds ("authorization"); "" where no keys are asked for.
+  absl::StatusOr<std::string> Authenticate(const grpc::CallbackServerContext& context) const;
+  // Authenticates, takes a place in the tenant's quotas and only then looks at the request.
+  template <typename Event, typename Parse>
+  grpc::ServerWriteReactor<Event>* StartCall(grpc::CallbackServerContext* context, const std::string& request_id,
+                                             bool all_tokens, Parse parse);
 
   const RouterServiceOptions options_;
   const std::shared_ptr<Running> running_;

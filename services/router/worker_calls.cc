@@ -7,11 +7,11 @@
 #include "services/common/rpc.h"
 
 namespace millrace::router {
-WorkerPeer::WorkerPeer(const WorkerView& view)
+WorkerPeer::WorkerPeer(const WorkerView& view, const PeerSecurity* security)
     : name(view.name),
       incarnation(view.incarnation),
       control_address(view.control_address),
-      channel(MakeChannel(view.control_address)),
+      channel(MakeChannel(view.control_address, security, PeerRoleOf(view.role))),
       prefill(v1::Prefill::NewStub(channel)),
       handoff(v1::Handoff::NewStub(channel)),
       decode(v1::Decode::NewStub(channel)) {}

@@ -23,6 +23,7 @@
 #include "millrace/v1/handoff.grpc.pb.h"
 #include "millrace/v1/prefill.grpc.pb.h"
 #include "services/common/grpc_status.h"
+#include "services/common/peer_security.h"
 #include "services/router/cluster_snapshot.h"
 #include "services/router/event_loop.h"
 
@@ -31,7 +32,7 @@ namespace millrace::router {
 // How to reach one incarnation of one worker. Shared by the calls that use it, so that it outlives the worker's
 // leaving.
 struct WorkerPeer {
-  explicit WorkerPeer(const WorkerView& view);
+  WorkerPeer(const WorkerView& view, const PeerSecurity* security);  // null: plain
   std::string name;
   IncarnationId incarnation;
   std::string control_address;

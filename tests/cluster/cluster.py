@@ -55,7 +55,7 @@ def run_alone(request, numerics=None, extra=()):
 
 class Cluster:
     def __init__(self, prefill=1, decode=1, experts=1, numerics=None, expert_transport=None, env=None, timers=None,
-                 decode_section=None, prefill_section=None, router_section=None, model=MODEL):
+                 decode_section=None, prefill_section=None, router_section=None, security=None, model=MODEL):
         self.directory = tempfile.mkdtemp(prefix="millrace-test-")
         self.http_port, self.operator_port, self.grpc_port, control = (free_port() for _ in range(4))
         model = {"path": model, "id": "demo"}
@@ -83,6 +83,8 @@ class Cluster:
         }
         if expert_transport:
             config["transfer"] = {"expert_transport": expert_transport}
+        if security:
+            config["security"] = security
         self.config_path = os.path.join(self.directory, "cluster.json")
         with open(self.config_path, "w") as out:
             json.dump(config, out, indent=1)
@@ -98,7 +100,11 @@ class Cluster:
     def __enter__(self):
         for name in self.roles:
             self.start(name)
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except AssertionError:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, kind, value, traceback):
@@ -245,10 +251,12 @@ class Cluster:
 class Stream:
     """A server-sent event stream that a test can leave at any point."""
 
-    def __init__(self, port, path, body):
+    def __init__(self, port, path, body, key=None, **headers):
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        if key:
+            headers["Authorization"] = "Bearer " + key
         self.connection.request("POST", path, json.dumps(dict(body, stream=True)),
-                                {"Content-Type": "application/json"})
+                                {"Content-Type": "application/json", **headers})
         self.reply = self.connection.getresponse()
         self.status = self.reply.status
 

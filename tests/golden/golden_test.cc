@@ -192,12 +192,13 @@ struct Bounds {
   double equal_values_after_layer1 = 0.92;
   double mean_logprob_difference = 0.0004;
   double least_selection_overlap = 0.93;
+  double repeated_selections = 0.5;
 };
 constexpr Bounds kCpuBounds;
-// Tensor cores sum FP8 products with fewer bits, which shifts roundings from layer 0 on: values equal to the bit are
-// not asked for, and streams get room. With plain products 0.00 %, 0.18 %, 1.5 %, 0.00026 were seen, and 116 of 128
-// entries in the row with least room.
-constexpr Bounds kCudaBounds = {0.003, 0.01, 0.035, 0, 0, 0.0008, 0.88};
+// Other orders of summation than the CPU's, and nothing else: 0.0002 %, 0.20 %, 1.46 %, 99.98 and 99.5 % of values equal,
+// 0.00033 were seen. The row with least room (above) has 118 of 128 entries. A kernel that sums FP8 products in the
+// tensor cores' 13 bits is far outside: 1.08 % after layer 0.
+constexpr Bounds kCudaBounds = {0.0005, 0.006, 0.025, 0.99, 0.92, 0.0004, 0.92, 0.3};
 constexpr double kMeanSelectionOverlap = 0.96;
 constexpr double kEqualExpertRows = 0.97;
 constexpr double kMargin = 0.1;
@@ -206,7 +207,6 @@ constexpr double kMargin = 0.1;
 // with compressed entries, 100 % in the median row (80 % if entries are not rounded). And selections of layer 1 at
 // positions where rounding the index scores to BF16 changed the outcome (golden_selection): a right implementation
 // repeats most of them, one that forgets to round repeats none.
-constexpr double kRepeatedSelections = 0.5;
 
 struct ReleaseStatistics {
   double streams_after_layer0 = 0, streams_after_layer1 = 0, streams_after_last = 0;  // relative norm, median of cases
@@ -247,7 +247,7 @@ std::vector<std::string> BrokenBounds(const ReleaseStatistics& s, const Bounds& 
   at_most("streams after the last layer", s.streams_after_last, bounds.streams_after_last);
   at_least("equal values after layer 0", s.equal_values_after_layer0, bounds.equal_values_after_layer0);
   at_least("equal values after layer 1", s.equal_values_after_layer1, bounds.equal_values_after_layer1);
-  at_least("repeated selections", s.repeated_selections, kRepeatedSelections);
+  at_least("repeated selections", s.repeated_selections, bounds.repeated_selections);
   at_least("least selection overlap", s.least_selection_overlap, bounds.least_selection_overlap);
   at_least("mean selection overlap", s.mean_selection_overlap, kMeanSelectionOverlap);
   at_least("equal expert rows", s.equal_expert_rows, kEqualExpertRows);

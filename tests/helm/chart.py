@@ -18,6 +18,7 @@ TOOLS = os.path.join(ROOT, ".cache/kubernetes")
 HELM = os.path.join(TOOLS, "bin/helm")
 RELEASE, NAMESPACE = "millrace", "serving"
 RENDERED = {}
+OPEN = {"allowInsecure": True, "tls": {"enabled": False}}
 ROLES = ("router", "prefill", "decode", "expert")
 
 
@@ -57,10 +58,10 @@ def render(values, files, check):
 
 
 class Rendered:
-    """The objects of one rendering."""
+    """The objects of one rendering; without a file that says more, of a demo without locks."""
 
     def __init__(self, values=None, files=()):
-        self.text = template(dict({"allowInsecure": True}, **(values or {})), files).stdout
+        self.text = template(dict({} if files else OPEN, **(values or {})), files).stdout
         self.objects = [item for item in yaml.safe_load_all(self.text) if item]
 
     def of(self, kind):

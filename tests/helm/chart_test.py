@@ -278,8 +278,8 @@ class Pods(unittest.TestCase):
         for role in ROLES[1:]:
             container = rendered.pod_template(role)["spec"]["containers"][0]
             with self.subTest(role):
-                self.assertEqual(container["startupProbe"]["grpc"], {"port": 9090})
-                self.assertEqual(container["readinessProbe"]["grpc"], {"port": 9090})
+                for kind in ("startupProbe", "readinessProbe"):
+                    self.assertEqual(container[kind]["httpGet"], {"path": "/readyz", "port": "operator"})
                 self.assertEqual(container["livenessProbe"]["httpGet"], {"path": "/healthz", "port": "operator"})
                 probe = container["startupProbe"]
                 self.assertGreaterEqual(probe["periodSeconds"] * probe["failureThreshold"], 3600)

@@ -86,7 +86,7 @@ class Lifecycle(unittest.TestCase):
 
     def test_a_pod_that_asks_for_root_is_not_admitted(self):
         # The namespace enforces what the test above relies on.
-        done = self.helm("install", "millrace", CHART, "--set", "allowInsecure=true,unsafe.runAsRoot=true",
+        done = self.helm("install", "millrace", CHART, "--set", "allowInsecure=true,tls.enabled=false,unsafe.runAsRoot=true",
                          "--set-json", 'decode.podSecurityContext={"runAsUser":0,"runAsNonRoot":false}',
                          "--wait", "--timeout", "15s", check=False)
         self.assertNotEqual(done.returncode, 0)

@@ -3,7 +3,7 @@
 
 Each pod gets a network namespace with an address of its own, on a switch in yet another namespace, so that nothing is
 added to the machine's interfaces. Inside, a private mount namespace holds what the image holds (the binary and the demo
-model at their places), the ConfigMap at its mount path, an empty /tmp and a root that is read-only. The process runs as
+model at their places), the ConfigMap and Secrets at their mount paths, an empty /tmp and a root that is read-only. The process runs as
 the user, with the environment, arguments and sysctls that the pod has. Names resolve by /etc/hosts. NetworkPolicies
 become nftables rules in the pod's namespace.
 
@@ -90,16 +90,22 @@ class Pod:
         self.address = network.addresses[name]
         self.process = self.log = None
 
-    def start(self, directory, config_maps, hosts):
+    def start(self, directory, config_maps, secrets, hosts):
         scratch = tempfile.mkdtemp(prefix=self.name + "-", dir=directory)
         with open(os.path.join(scratch, "hosts"), "w") as out:
             out.write("127.0.0.1 localhost\n" + hosts)
         for volume in self.spec.get("volumes", []):
             if "configMap" in volume:
-                os.makedirs(os.path.join(scratch, "volumes", volume["name"]))
-                for key, text in config_maps[volume["configMap"]["name"]].items():
-                    with open(os.path.join(scratch, "volumes", volume["name"], key), "w") as out:
-                        out.write(text)
+                files = config_maps[volume["configMap"]["name"]]
+            elif "secret" in volume:
+                files = secrets[volume["secret"]["secretName"]]
+            else:
+                continue
+            os.makedirs(os.path.join(scratch, "volumes", volume["name"]))
+            for key, text in files.items():
+                with open(os.path.join(scratch, "volumes", volume["name"], key), "w") as out:
+                    out.write(text)
+        self.secrets = secrets
         self.log = os.path.join(directory, self.name + ".log")
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -126,20 +132,25 @@ class Pod:
         for target, source in IMAGE.items():
             lines += [f"mkdir -p {target}" if os.path.isdir(source) else f"touch {target}",
                       f"mount --bind {source} {target}"]
+        empty = []  # last: an empty /tmp hides the scratch folder
         for mount in self.container.get("volumeMounts", []):
             volume = next(item for item in self.spec["volumes"] if item["name"] == mount["name"])
             path = mount["mountPath"]
-            if "configMap" in volume:
+            if "configMap" in volume or "secret" in volume:
                 lines += [f"mkdir -p {path}", f"cp {scratch}/volumes/{volume['name']}/* {path}"]
             elif "emptyDir" in volume:
-                lines += [f"mount -t tmpfs -o mode=1777,size=64m empty {path}"]
+                empty += [f"mount -t tmpfs -o mode=1777,size=64m empty {path}"]
             else:
                 raise AssertionError(f"{self.name}: no way to mount {volume}")
+        lines += empty
         if context["readOnlyRootFilesystem"]:
             lines += [f"mount -o remount,bind,ro {folder}" for folder in ("/etc", "/opt", "/usr/local/bin", "/")]
         for variable in self.container.get("env", []):
             if "value" in variable:
                 lines += [f"export {variable['name']}='{variable['value']}'"]
+            elif "secretKeyRef" in variable.get("valueFrom", {}):
+                source = variable["valueFrom"]["secretKeyRef"]
+                lines += [f"export {variable['name']}='{self.secrets[source['name']][source['key']]}'"]
         privileges = "" if context["allowPrivilegeEscalation"] else "--no-new-privs"
         drop = "--bounding-set=-all --inh-caps=-all" if context["capabilities"]["drop"] == ["ALL"] else ""
         lines += [f"exec setpriv --reuid {context['runAsUser']} --regid {context.get('runAsGroup', 0)} --clear-groups "
@@ -250,7 +261,8 @@ def peer_addresses(peers, pods, outsiders):
 class Node:
     """All pods of a rendering on one machine."""
 
-    def __init__(self, rendered):
+    def __init__(self, rendered, secrets=None):
+        self.secrets = secrets or {}  # by name: what each file holds
         self.directory = tempfile.mkdtemp(prefix="millrace-pods-")
         os.chmod(self.directory, 0o755)
         self.rendered = rendered
@@ -292,7 +304,7 @@ class Node:
             pod.apply_policies(self.rendered.of("NetworkPolicy"), self.pods.values(), self.outsiders)
 
     def start(self, pod):
-        pod.start(self.directory, self.config_maps, self.hosts())
+        pod.start(self.directory, self.config_maps, self.secrets, self.hosts())
 
     def can_connect(self, namespace, pod, port):
         """Whether a TCP connection from a network namespace to a pod's port stands within a second."""

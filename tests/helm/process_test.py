@@ -6,6 +6,7 @@ No cluster: pods.py is the kubelet. What is proved is that what the chart says w
 import json
 import os
 import subprocess
+import tempfile
 import time
 import unittest
 
@@ -16,15 +17,16 @@ from chart import ROLES, ROOT, Rendered, main, values_files
 PATIENCE = float(os.environ.get("MILLRACE_TEST_PATIENCE", "120"))
 
 
-class Serving(unittest.TestCase):
-    """The demo values, as `helm install` would start them."""
+class Pods:
+    """A release that serves. `render` makes it, `secrets` are what its Secrets hold."""
+    secrets = {}
 
     @classmethod
     def setUpClass(cls):
         # As chosen for a machine whose cores are somebody else's for seconds.
         timers = {"expert_timeout_ms": 15000, "watchdog_ms": 15000, "dead_after_ms": 15000}
-        cls.rendered = Rendered({"timers": timers}, files=[values_files()["cpu-demo"]])
-        cls.node = pods.Node(cls.rendered)
+        cls.rendered = cls.render({"timers": timers})
+        cls.node = pods.Node(cls.rendered, cls.secrets)
         cls.addClassCleanup(cls.node.close)
         cls.stranger = cls.node.add_outsider("stranger", "default")
         cls.prometheus = cls.node.add_outsider("prometheus", "monitoring")
@@ -52,6 +54,14 @@ class Serving(unittest.TestCase):
         status = pod.process.wait(PATIENCE)
         with open(pod.log) as log:
             return status, log.read()
+
+
+class Serving(Pods, unittest.TestCase):
+    """The demo values, as `helm install` would start them."""
+
+    @staticmethod
+    def render(values):
+        return Rendered(values, files=[values_files()["cpu-demo"]])
 
     def test_helm_test_gets_a_completion(self):
         status, text = self.run_test_pod()
@@ -141,6 +151,56 @@ class Serving(unittest.TestCase):
         for pod in self.serving:
             if pod is not router:
                 self.assertTrue(pod.terminate(), pod.tail())
+
+
+class Locked(Pods, unittest.TestCase):
+    """The chart's own defaults: mutual TLS and keys, from Secrets that the documented commands make."""
+
+    @staticmethod
+    def render(values):
+        return Rendered(dict(values, allowInsecure=False, tls={"enabled": True}, auth={"existingSecret": "tenants"},
+                             tests={"existingSecret": "tester"}))
+
+    @classmethod
+    def setUpClass(cls):
+        with tempfile.TemporaryDirectory() as directory:
+            subprocess.run([os.path.join(ROOT, "deploy/certificates.sh"), directory], check=True)
+
+            def text(name):
+                with open(os.path.join(directory, name)) as source:
+                    return source.read()
+            cls.secrets = {f"millrace-{role}-tls": {"tls.crt": text(role + ".pem"), "tls.key": text(role + ".key"),
+                                                    "ca.crt": text("ca.pem")} for role in ROLES}
+        key, entry = subprocess.run([pods.BINARY, "key", "--tenant", "team"], capture_output=True, check=True,
+                                    text=True).stdout.splitlines()
+        cls.secrets["tenants"] = {"keys.json": json.dumps({"tenants": [json.loads(entry)]})}
+        cls.secrets["tester"] = {"api-key": key}
+        super().setUpClass()
+
+    def test_helm_test_gets_a_completion_and_a_stranger_does_not(self):
+        status, text = self.run_test_pod()
+        self.assertEqual(status, 0, text)
+        self.assertRegex(text, "[A-Za-z]{3}")
+        router = self.node.of_role("router")[0]
+        done = pods.shell("ip", "netns", "exec", self.stranger, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}",
+                          f"http://{router.address}:{router.port('http')}/v1/models")
+        self.assertEqual(done.stdout, b"401")
+
+    def test_what_listens_beyond_loopback_has_a_lock_or_one_interface(self):
+        for pod in self.serving:
+            lines = pods.shell("ip", "netns", "exec", pod.namespace, "ss", "-Hltn").stdout.decode().split("\n")
+            for address, port in (line.split()[3].rsplit(":", 1) for line in lines if line):
+                if int(port) not in {entry["containerPort"] for entry in pod.container["ports"]}:
+                    self.assertEqual(address, pod.address, f"{pod.name} listens on {address}:{port}")
+
+    def test_internal_ports_want_a_certificate(self):
+        for pod in self.serving:
+            port = pod.port("control") if pod is self.node.of_role("router")[0] else pod.port("grpc")
+            done = pod.from_node("curl", "-s", "-m", "5", "--http2-prior-knowledge", "-H", "te: trailers", "-H",
+                                 "content-type: application/grpc", "--data-binary", "@-",
+                                 f"http://{pod.address}:{port}/grpc.health.v1.Health/Check", input=b"\x00" * 5)
+            self.assertNotEqual(done.returncode, 0, pod.name)
+            self.assertEqual(done.stdout, b"", pod.name)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import os
 import tempfile
 import unittest
 
-from chart import CHART, Rendered, helm, main, refusal, template
+from chart import CHART, OPEN, Rendered, helm, main, refusal, template
 
 
 class Refusals(unittest.TestCase):
     def refused(self, values, *words, insecure=True):
-        text = refusal(dict({"allowInsecure": True} if insecure else {}, **values))
+        text = refusal(dict(OPEN if insecure else {}, **values))
         for word in words:
             self.assertIn(word, text)
         return text
@@ -55,11 +55,17 @@ class Refusals(unittest.TestCase):
         self.refused({"network": {"dataPorts": {"first": 5000, "last": 4000}}}, "network.dataPorts")
 
     def test_no_encryption_needs_a_word(self):
-        self.refused({}, "allowInsecure", "--set allowInsecure=true", insecure=False)
-        self.refused({"tls": {"enabled": True}}, "tls.enabled", "terminates no TLS")
+        self.refused({"tls": {"enabled": False}, "auth": {"existingSecret": "keys"}}, "tls.enabled: found false",
+                     "--set allowInsecure=true", insecure=False)
+        self.refused({}, "auth.existingSecret: found nothing", "--set tls.enabled=false,allowInsecure=true",
+                     insecure=False)
+        self.refused({"auth": {"existingSecret": "keys"}, "transfer": {"listen_address": "0.0.0.0"}},
+                     "transfer.listen_address", insecure=False)
+        self.refused({"tls": {"enabled": True, "certManager": {"enabled": True}}}, "tls.certManager.issuerRef.name")
 
     def test_a_secret_in_the_values_is_refused(self):
-        self.refused({"router": {"config": {"api_keys": ["abc"]}}}, "router.config.api_keys", "gateway")
+        self.refused({"router": {"config": {"api_keys": ["abc"]}}}, "/router/config", "api_keys")
+        self.refused({"auth": {"keys": ["abc"]}}, "/auth", "keys")
         self.refused({"prefill": {"extraEnv": [{"name": "HF_TOKEN", "value": "abc"}]}}, "HF_TOKEN", "secretKeyRef")
         self.refused({"modelStore": {"fetch": {"env": {"AWS_SECRET_ACCESS_KEY": "abc"}}}}, "AWS_SECRET_ACCESS_KEY",
                      "existingSecret")
@@ -137,7 +143,7 @@ class Refusals(unittest.TestCase):
                                   ("10 MB", "\n".join(large), "/commonLabels"),
                                   ("tabs", "router:\n\treplicas: 1", "cannot start any token")):
             with self.subTest(name), tempfile.NamedTemporaryFile("w", suffix=".yaml") as values:
-                values.write("allowInsecure: true\n" + text + "\n")
+                values.write("allowInsecure: true\ntls: {enabled: false}\n" + text + "\n")
                 values.flush()
                 done = helm("template", "r", CHART, "--values", values.name, check=False, timeout=60)
                 self.assertNotEqual(done.returncode, 0)

@@ -69,6 +69,21 @@ dict "root" $ "index" i */}}
 {{- toJson $entries -}}
 {{- end -}}
 
+{{/* Paths are those of the Secrets' mounts in _pod.tpl; the certificate there is the pod's own role's. */}}
+{{- define "millrace.security" -}}
+{{- $security := dict -}}
+{{- if .Values.tls.enabled -}}
+{{- $_ := set $security "tls" (dict "certificate" "/etc/millrace-tls/tls.crt" "key" "/etc/millrace-tls/tls.key"
+  "ca" "/etc/millrace-tls/ca.crt" "trust_domain" (include "millrace.trustDomain" .)) -}}
+{{- end -}}
+{{- if .Values.tls.public.existingSecret -}}
+{{- $_ := set $security "public_tls" (dict "certificate" "/etc/millrace-public-tls/tls.crt" "key" "/etc/millrace-public-tls/tls.key") -}}
+{{- end -}}
+{{- if .Values.auth.existingSecret -}}{{- $_ := set $security "api_keys_file" "/etc/millrace-keys/keys.json" -}}{{- end -}}
+{{- if .Values.allowInsecure -}}{{- $_ := set $security "allow_insecure" true -}}{{- end -}}
+{{- toJson $security -}}
+{{- end -}}
+
 {{- define "millrace.document" -}}
 {{- $ports := .Values.router.ports -}}
 {{- $router := deepCopy .Values.router.config -}}
@@ -84,6 +99,7 @@ dict "root" $ "index" i */}}
   "decode" (include "millrace.entries" (dict "root" . "role" "decode") | fromJsonArray)
   "transfer" (include "millrace.present" .Values.transfer | fromJson)
   "timers" (include "millrace.present" .Values.timers | fromJson) -}}
+{{- with include "millrace.security" . | fromJson -}}{{- $_ := set $document "security" . -}}{{- end -}}
 {{- if int .Values.expert.replicas -}}
 {{- $_ := set $document "expert" (include "millrace.entries" (dict "root" . "role" "expert") | fromJsonArray) -}}
 {{- end -}}
@@ -94,7 +110,7 @@ dict "root" $ "index" i */}}
 prefill or decode workers restarts nobody, another number of experts the pool. dict "root" $ "role" name */}}
 {{- define "millrace.roleChecksum" -}}
 {{- $document := include "millrace.document" .root | fromJson -}}
-{{- $part := pick $document "model" "router" "transfer" "timers" -}}
+{{- $part := pick $document "model" "router" "transfer" "timers" "security" -}}
 {{- $_ := set $part "pool" (hasKey $document "expert") -}}
 {{- if ne .role "router" -}}{{- $_ := set $part "router" (pick $document.router "control_address") -}}{{- end -}}
 {{- if eq .role "expert" -}}

@@ -66,6 +66,13 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{ include "millrace.fullname" . }}-control.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:{{ .Values.router.ports.control }}
 {{- end -}}
 
+{{- define "millrace.trustDomain" -}}{{ default .Values.clusterDomain .Values.tls.trustDomain }}{{- end -}}
+
+{{/* The Secret with a role's certificate. dict "root" $ "role" name */}}
+{{- define "millrace.tlsSecret" -}}
+{{- default (printf "%s-%s-tls" (include "millrace.fullname" .root) .role) (index .root.Values.tls.secrets .role) -}}
+{{- end -}}
+
 {{- define "millrace.claim" -}}
 {{- default (printf "%s-models" (include "millrace.fullname" .)) .Values.modelStore.claim.existingClaim -}}
 {{- end -}}

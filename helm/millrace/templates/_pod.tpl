@@ -2,8 +2,8 @@
 SPDX-License-Identifier: Apache-2.0
 The pod of a role: the same shape for all four. The workload around it is in router.yaml and workers.yaml.
 
-Probes ask what the process knows of itself. A worker's gRPC health turns to SERVING when its weights are loaded and
-back when it drains; a worker that makes no progress ends by its own watchdog. The router is ready when a request would
+Probes ask what the process knows of itself, all of them on the operator port: the kubelet has no certificate for the
+gRPC ports. A worker is ready when its weights are loaded and no longer when it drains; a worker that makes no progress ends by its own watchdog. The router is ready when a request would
 be placed. Liveness asks the operator port, a thread apart from the work: it never depends on a peer, or one dead pool
 would restart the whole cluster, nor on the public port, which clients can fill.
 
@@ -112,6 +112,9 @@ spec:
       volumeMounts:
         - {name: config, mountPath: /etc/millrace, readOnly: true}
         - {name: tmp, mountPath: /tmp}
+        {{- range $lock := include "millrace.locks" $ | fromYamlArray }}
+        - {name: {{ $lock.name }}, mountPath: /etc/millrace-{{ $lock.name }}, readOnly: true}
+        {{- end }}
         {{- if ne $root.Values.modelStore.type "image" }}
         - {name: models, mountPath: {{ $root.Values.modelStore.mountPath }}, readOnly: true}
         {{- end }}
@@ -123,10 +126,29 @@ spec:
       configMap: {name: {{ include "millrace.fullname" $root }}}
     - name: tmp
       emptyDir: {sizeLimit: 64Mi}
+    {{- range $lock := include "millrace.locks" $ | fromYamlArray }}
+    - name: {{ $lock.name }}
+      secret: {secretName: {{ $lock.secret }}, defaultMode: 0440}
+    {{- end }}
     {{- include "millrace.modelVolume" $root | nindent 4 }}
     {{- with $values.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
+{{- end -}}
+
+{{/* The Secrets that a role's pod reads: name of the volume, and of the Secret. */}}
+{{- define "millrace.locks" -}}
+{{- if .root.Values.tls.enabled }}
+- {name: tls, secret: {{ include "millrace.tlsSecret" . }}}
+{{- end }}
+{{- if eq .role "router" }}
+{{- with .root.Values.tls.public.existingSecret }}
+- {name: public-tls, secret: {{ . }}}
+{{- end }}
+{{- with .root.Values.auth.existingSecret }}
+- {name: keys, secret: {{ . }}}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "millrace.probes" -}}
@@ -142,11 +164,11 @@ readinessProbe:
   failureThreshold: 2
 {{- else -}}
 startupProbe:
-  grpc: {port: {{ int $values.ports.grpc }}}
+  httpGet: {path: /readyz, port: operator}
   periodSeconds: 5
   failureThreshold: {{ ceil (divf (int $values.startupSeconds) 5) | int }}
 readinessProbe:
-  grpc: {port: {{ int $values.ports.grpc }}}
+  httpGet: {path: /readyz, port: operator}
   periodSeconds: 5
   failureThreshold: 2
 {{- end }}

@@ -32,10 +32,17 @@ for millrace.validate first, because Helm renders them in an order of its own an
 
 {{- define "millrace.checkSecurity" -}}
 {{- $values := .root.Values -}}
-{{- if $values.tls.enabled -}}
-{{- include "millrace.problem" (dict "check" . "text" "tls.enabled: found true, allowed false: millrace terminates no TLS; put a gateway in front and set allowInsecure=true") -}}
-{{- else if not $values.allowInsecure -}}
-{{- include "millrace.problem" (dict "check" . "text" "allowInsecure: found false with tls.enabled false: traffic between pods is neither encrypted nor authenticated; if the network is yours alone, write --set allowInsecure=true") -}}
+{{- if not (or $values.tls.enabled $values.allowInsecure) -}}
+{{- include "millrace.problem" (dict "check" . "text" "tls.enabled: found false: traffic between pods would be neither encrypted nor authenticated; leave it true, or if the network is yours alone write --set allowInsecure=true") -}}
+{{- end -}}
+{{- if not (or $values.auth.existingSecret $values.allowInsecure) -}}
+{{- include "millrace.problem" (dict "check" . "text" "auth.existingSecret: found nothing: whoever reaches a port could use it and drain workers; name a Secret with keys.json (millrace key makes a key), or for a demo write --set tls.enabled=false,allowInsecure=true") -}}
+{{- end -}}
+{{- if and (not $values.allowInsecure) (has $values.transfer.listen_address (list "" "0.0.0.0" "::")) -}}
+{{- include "millrace.problem" (dict "check" . "text" "transfer.listen_address: found every interface, allowed the one that only workers share, such as eth0 or net1: blocks are not encrypted; or write --set allowInsecure=true") -}}
+{{- end -}}
+{{- if and $values.tls.certManager.enabled (not $values.tls.certManager.issuerRef.name) -}}
+{{- include "millrace.problem" (dict "check" . "text" "tls.certManager.issuerRef.name: found nothing, wanted an issuer that signs for this release") -}}
 {{- end -}}
 {{- $tag := default .root.Chart.AppVersion $values.image.tag -}}
 {{- if and (eq $tag "latest") (not $values.image.digest) (not $values.unsafe.latestTag) -}}
@@ -56,9 +63,6 @@ for millrace.validate first, because Helm renders them in an order of its own an
 {{- end -}}
 {{- if and $r.hostNetwork (not $values.unsafe.hostNetwork) -}}
 {{- include "millrace.problem" (dict "check" $check "text" (printf "%s.hostNetwork: found true: no NetworkPolicy reaches such a pod; leave it out, or write --set unsafe.hostNetwork=true" $role)) -}}
-{{- end -}}
-{{- if $r.config.api_keys -}}
-{{- include "millrace.problem" (dict "check" $check "text" (printf "%s.config.api_keys: no port authenticates, a key would look like a lock; put an authenticating gateway in front" $role)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
