@@ -123,9 +123,10 @@ void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, con
   int64_t total = 0;
   for (const SequenceRows& s : pass.sequences) {
     const int64_t old = std::min<int64_t>(s.start, layout_.window - 1);
-    window.first.push_back(total);
+    const bool kept = s.count > kRowsAlone;
+    window.first.push_back(kept ? total : WindowKeys::kInSlot);
     window.first_position.push_back(s.start - old);
-    if (s.count > kRowsAlone) total += old + s.count;
+    if (kept) total += old + s.count;
   }
   if (tiles_) {
     window.tiles.Reserve(total, dim);
@@ -134,7 +135,7 @@ void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, con
   }
   pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
     const SequenceRows& s = pass.sequences[i];
-    const bool kept = s.count > kRowsAlone;
+    const bool kept = window.first[i] != WindowKeys::kInSlot;
     const auto append = [&](auto& keys) {
       int64_t at = window.first[i];
       for (int64_t p = window.first_position[i]; kept && p < s.start; ++p) {

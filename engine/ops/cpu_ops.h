@@ -17,9 +17,14 @@ namespace millrace {
 
 class CpuOps : public Ops {
  public:
-  // `pool` and `layout` are borrowed and outlive this.
-  CpuOps(const ModelConfig& config, const CacheLayout& layout, Rounding rounding, ThreadPool& pool)
-      : config_(config), layout_(layout), rounding_(rounding), pool_(pool) {}
+  // `pool` and `layout` are borrowed and outlive this. `tiles` may keep attention off AMX tiles where they could be
+  // used.
+  CpuOps(const ModelConfig& config, const CacheLayout& layout, Rounding rounding, ThreadPool& pool, bool tiles = true)
+      : config_(config),
+        layout_(layout),
+        rounding_(rounding),
+        pool_(pool),
+        tiles_(tiles && rounding == Rounding::All() && AmxAvailable()) {}
 
   void Embed(const HostRows& table, const int32_t* ids, int64_t rows, int hc, float* streams) override;
   void HyperConnectionPre(const float* streams, const HyperConnectionWeights& w, const float* norm, int64_t rows,
@@ -104,9 +109,8 @@ class CpuOps : public Ops {
   const CacheLayout& layout_;
   const Rounding rounding_;
   ThreadPool& pool_;
-  // Whether linears and attention run on AMX tiles: everything they multiply is a BF16 value.
-  const bool tiles_ = rounding_ == Rounding::All() && AmxAvailable();
-  std::vector<float> codes_, scales_;                  // quantised activations of Linear
+  const bool tiles_;                   // attention runs on AMX tiles: everything it multiplies is a BF16 value
+  std::vector<float> codes_, scales_;  // quantised activations of Linear
   std::vector<uint16_t> plain_bits_, quantised_bits_;  // its inputs as tiles want them
   std::vector<float> mixes_;                           // [T, (2 + hc) hc] of the mHC product
   std::vector<float> gate_logits_;

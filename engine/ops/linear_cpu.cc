@@ -29,7 +29,7 @@ void CpuOps::Linear(const float* x, int64_t ld, int64_t rows, std::initializer_l
   ActivationRows quantised;
   // Weights that share an input share its tiles' rows.
   const auto narrow = [&](ActivationRows& input, int64_t k, std::vector<uint16_t>& bits) {
-    if (!tiles_ || input.narrow != nullptr || k % 32 != 0) return;
+    if (!input.bf16 || !AmxAvailable() || input.narrow != nullptr || k % 32 != 0) return;
     bits.resize(std::max<size_t>(bits.size(), rows * k));
     NarrowRows(input, rows, k, bits.data());
     input.narrow = bits.data();

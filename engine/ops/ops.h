@@ -66,13 +66,14 @@ struct CompressorWeights {
 };
 
 // Keys of the window that the rows of a pass may see: per sequence the old entries still visible to its first row,
-// then its own rows; values of the stored entries, in the form that attention reads. Sequences of few rows are left
-// out: attention takes their keys from the slot.
+// then its own rows; values of the stored entries, in the form that attention reads. Keys of sequences with few rows
+// may be left where they are stored.
 struct WindowKeys {
+  static constexpr int64_t kInSlot = -1;
   int slot_layer = 0;  // whose window this is
   RowKeys rows;        // [sum over sequences of (old + count)], or `tiles` in their place
   TileKeys tiles;
-  std::vector<int64_t> first;  // per sequence: index of the key of position `first_position`
+  std::vector<int64_t> first;  // per sequence: index of the key of position `first_position`, or kInSlot
   std::vector<int64_t> first_position;
 };
 

@@ -149,9 +149,10 @@ void CpuOps::Attend(int layer, const Pass& pass, const float* q, int heads, cons
     for (int64_t line = 0; line < layout_.entry.body_bytes; line += 64) __builtin_prefetch(stored.body + line);
     __builtin_prefetch(stored.scales);
   };
-  // One row. Without `shared_entries` its entries are widened for itself, and so is its window if the row is alone.
-  const auto attend = [&](size_t i, int64_t r, bool alone, const Keys* shared_entries) {
+  // One row. Without `shared_entries` its entries are widened for itself, and so is a window that is still in its slot.
+  const auto attend = [&](size_t i, int64_t r, const Keys* shared_entries) {
     const SequenceRows& s = pass.sequences[i];
+    const bool in_slot = window.first[i] == WindowKeys::kInSlot;
     const int64_t row = s.row + r, position = s.start + r;
     static thread_local SegmentedAttention<Keys> attention;
     attention.Start(q + row * heads * dim, heads, dim, rounding_.attention_p);
@@ -171,7 +172,7 @@ void CpuOps::Attend(int layer, const Pass& pass, const float* q, int heads, cons
       for (int64_t j = tile; j < std::min<int64_t>(tile + kTile, slots); ++j) {
         const int64_t p = position - (slots - 1) + j;
         if (p < 0) continue;
-        if (alone) {
+        if (in_slot) {
           prefetch(WindowPlace(s, window.slot_layer, p + kAhead));
           keys[n++] = load(WindowPlace(s, window.slot_layer, p));
         } else {
@@ -222,10 +223,9 @@ void CpuOps::Attend(int layer, const Pass& pass, const float* q, int heads, cons
       pool_.For(visible, [&](int64_t e) { LoadEntry(EntryPlace(s, layer, e), entries, e); });
       shared_entries = &entries;
     }
-    pool_.For(s.count, [&](int64_t r) { attend(i, r, false, shared_entries); });
+    pool_.For(s.count, [&](int64_t r) { attend(i, r, shared_entries); });
   }
-  pool_.For(static_cast<int64_t>(alone.size()),
-            [&](int64_t i) { attend(alone[i].first, alone[i].second, true, nullptr); });
+  pool_.For(static_cast<int64_t>(alone.size()), [&](int64_t i) { attend(alone[i].first, alone[i].second, nullptr); });
 }
 
 }  // namespace millrace
