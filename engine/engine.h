@@ -142,7 +142,7 @@ class Engine {
   virtual int64_t weight_bytes() const = 0;
   // Hex hash over everything two peers must agree on: model content, numerics, cache layout, kernel set.
   virtual std::string CompatibilityHash() const = 0;
-  // "cpu/avx2/2": the backend, instruction set and revision that fix the bits.
+  // "cpu/avx2/3": the backend, instruction set and revision that fix the bits.
   virtual std::string KernelSet() const = 0;
 };
 

@@ -8,7 +8,9 @@
 #include <cstring>
 #include <limits>
 
+#include "engine/ops/attention_amx.h"
 #include "engine/ops/cpu_ops.h"
+#include "engine/ops/matmul_amx.h"
 #include "engine/ops/rounding.h"
 #include "engine/ops/vector_cpu.h"
 
@@ -40,18 +42,17 @@ void CpuOps::SimulateIndex(float* x) const {
   for (int i = 0; i < kIndexDim; ++i) x[i] = 0.5f * static_cast<float>(row.twice[i]) * row.scales[i / 32];
 }
 
-void CpuOps::StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) const {
+void CpuOps::StoreEntry(const float* entry, const Stored& place) const {
+  uint8_t *body = place.body, *scales = place.scales;
   if (layout_.numerics == Numerics::kExact) {
     std::memcpy(body, entry, layout_.entry.body_bytes);
     return;
   }
   const int plain = config_.head_dim - config_.rope_head_dim;
-  for (int g = 0; g < plain / 64; ++g) {
-    float codes[64], scale;
-    QuantiseActivations(entry + g * 64, 64, 64, codes, &scale);
-    for (int i = 0; i < 64; ++i) body[g * 64 + i] = EncodeE4m3(codes[i]);
-    scales[g] = static_cast<uint8_t>(std::bit_cast<uint32_t>(scale) >> 23);
-  }
+  float codes[512], factors[8];
+  QuantiseActivations(entry, plain, 64, codes, factors);
+  vec::EncodeE4m3Values(codes, plain, body);
+  for (int g = 0; g < plain / 64; ++g) scales[g] = static_cast<uint8_t>(std::bit_cast<uint32_t>(factors[g]) >> 23);
   for (int i = 0; i < config_.rope_head_dim; ++i) {
     const uint16_t bits = EncodeBf16(entry[plain + i]);
     std::memcpy(body + plain + 2 * i, &bits, 2);
@@ -59,12 +60,29 @@ void CpuOps::StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) cons
   scales[plain / 64] = 0;
 }
 
-void CpuOps::LoadEntry(const uint8_t* body, const uint8_t* scales, float* entry) const {
+void CpuOps::LoadEntry(const Stored& stored, RowKeys& keys, int64_t i) const {
   if (layout_.numerics == Numerics::kExact) {
-    std::memcpy(entry, body, layout_.entry.body_bytes);
+    std::memcpy(keys.at(i), stored.body, layout_.entry.body_bytes);
     return;
   }
-  vec::LoadKvEntry(body, scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim, entry);
+  vec::LoadKvEntry(stored.body, stored.scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim,
+                   keys.at(i));
+}
+
+void CpuOps::LoadEntry(const Stored& stored, TileKeys& keys, int64_t i) const {
+  LoadKvEntryBf16(stored.body, stored.scales, config_.head_dim - config_.rope_head_dim, config_.rope_head_dim,
+                  keys.at(i), keys.step());
+}
+
+void CpuOps::PutKey(const float* key, RowKeys& keys, int64_t i) const {
+  std::copy_n(key, config_.head_dim, keys.at(i));
+}
+
+void CpuOps::PutKey(const float* key, TileKeys& keys, int64_t i) const {
+  for (int b = 0; b < config_.head_dim / TileKeys::kDims; ++b) {
+    const float* block = key + b * TileKeys::kDims;
+    NarrowRows({block, TileKeys::kDims}, 1, TileKeys::kDims, keys.at(i) + b * keys.step());
+  }
 }
 
 void CpuOps::StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const {
@@ -96,48 +114,46 @@ void CpuOps::LoadIndexKey(const uint8_t* body, const uint8_t* scales, float* key
   }
 }
 
-void CpuOps::LoadCompressed(const SequenceRows& s, int layer, int64_t entry, float* out) const {
-  const PageLayerLayout& l = layout_.page_layers[layer];
-  const uint8_t* page = (*s.pages)[entry / l.entries];
-  const int64_t i = entry % l.entries;
-  LoadEntry(page + l.bodies + i * layout_.entry.body_bytes, page + l.scales + i * layout_.entry.scale_bytes, out);
-}
-
 void CpuOps::WindowAppend(int slot_layer, const Pass& pass, const float* kv, const float* norm, RopeRows rope,
                           WindowKeys& window) {
   const int64_t dim = config_.head_dim;
-  const SlotLayerLayout& l = layout_.slot_layers[slot_layer];
+  window.slot_layer = slot_layer;
   window.first.clear();
   window.first_position.clear();
   int64_t total = 0;
   for (const SequenceRows& s : pass.sequences) {
     const int64_t old = std::min<int64_t>(s.start, layout_.window - 1);
-    window.first.push_back(total);
+    const bool kept = s.count > kRowsAlone;
+    window.first.push_back(kept ? total : WindowKeys::kInSlot);
     window.first_position.push_back(s.start - old);
-    total += old + s.count;
+    if (kept) total += old + s.count;
   }
-  if (window.keys.size() < total * dim) window.keys = Buffer<float>(total * dim);
-  const auto ring = [&](const SequenceRows& s, int64_t position, uint8_t** body, uint8_t** scales) {
-    const int64_t i = position % layout_.window_slots;
-    *body = s.slot + l.window_bodies + i * layout_.entry.body_bytes;
-    *scales = s.slot + l.window_scales + i * layout_.entry.scale_bytes;
-  };
+  if (tiles_) {
+    window.tiles.Reserve(total, dim);
+  } else {
+    window.rows.Reserve(total, dim);
+  }
   pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
     const SequenceRows& s = pass.sequences[i];
-    float* key = window.keys.data() + window.first[i] * dim;
-    uint8_t *body, *scales;
-    for (int64_t p = window.first_position[i]; p < s.start; ++p, key += dim) {
-      ring(s, p, &body, &scales);
-      LoadEntry(body, scales, key);
-    }
-    for (int64_t r = 0; r < s.count; ++r, key += dim) {
-      NormRow(kv + (s.row + r) * dim, norm, dim, key);
-      RotateRow(key, dim, rope.cos + (s.row + r) * 32, rope.sin + (s.row + r) * 32, 1);
-      SimulateKv(key);
-      if (s.count - r <= layout_.window_slots) {
-        ring(s, s.start + r, &body, &scales);
-        StoreEntry(key, body, scales);
+    const bool kept = window.first[i] != WindowKeys::kInSlot;
+    const auto append = [&](auto& keys) {
+      int64_t at = window.first[i];
+      for (int64_t p = window.first_position[i]; kept && p < s.start; ++p) {
+        LoadEntry(WindowPlace(s, slot_layer, p), keys, at++);
       }
+      for (int64_t r = 0; r < s.count; ++r) {
+        float key[512];
+        NormRow(kv + (s.row + r) * dim, norm, dim, key);
+        RotateRow(key, dim, rope.cos + (s.row + r) * 32, rope.sin + (s.row + r) * 32, 1);
+        SimulateKv(key);
+        if (s.count - r <= layout_.window_slots) StoreEntry(key, WindowPlace(s, slot_layer, s.start + r));
+        if (kept) PutKey(key, keys, at++);
+      }
+    };
+    if (tiles_) {
+      append(window.tiles);
+    } else {
+      append(window.rows);
     }
   });
 }
@@ -204,8 +220,7 @@ void CpuOps::CompressCsa(int layer, const Pass& pass, const float* kv, const flo
       uint8_t* page = (*s.pages)[n / kCsaEntriesPerPage];
       FinishEntry(entry, dim, main, n * 4, f);
       SimulateKv(entry);
-      StoreEntry(entry, page + page_layout.bodies + in_page * layout_.entry.body_bytes,
-                 page + page_layout.scales + in_page * layout_.entry.scale_bytes);
+      StoreEntry(entry, EntryPlace(s, layer, n));
       FinishEntry(key, index_dim, index, n * 4, f);
       SimulateIndex(key);
       StoreIndexKey(key, page + page_layout.index_bodies + in_page * layout_.index_key.body_bytes,
@@ -217,7 +232,6 @@ void CpuOps::CompressCsa(int layer, const Pass& pass, const float* kv, const flo
 void CpuOps::CompressHca(int layer, const Pass& pass, const float* kv, const float* score, const CompressorWeights& w,
                          const RopeFrequencies& f) {
   const int64_t dim = config_.head_dim;
-  const PageLayerLayout& page_layout = layout_.page_layers[layer];
   pool_.For(static_cast<int64_t>(pass.sequences.size()), [&](int64_t i) {
     const SequenceRows& s = pass.sequences[i];
     float* max = reinterpret_cast<float*>(s.slot + layout_.slot_layers[layer].hca_state);
@@ -237,8 +251,7 @@ void CpuOps::CompressHca(int layer, const Pass& pass, const float* kv, const flo
       const int64_t n = position / 128;
       FinishEntry(entry, dim, w, n * 128, f);
       SimulateKv(entry);
-      uint8_t* page = (*s.pages)[n];
-      StoreEntry(entry, page + page_layout.bodies, page + page_layout.scales);
+      StoreEntry(entry, EntryPlace(s, layer, n));
     }
   });
 }

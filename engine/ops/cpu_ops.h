@@ -9,6 +9,7 @@
 
 #include "engine/model/config.h"
 #include "engine/numerics.h"
+#include "engine/ops/amx.h"
 #include "engine/ops/index_score_cpu.h"
 #include "engine/ops/ops.h"
 
@@ -16,9 +17,14 @@ namespace millrace {
 
 class CpuOps : public Ops {
  public:
-  // `pool` and `layout` are borrowed and outlive this.
-  CpuOps(const ModelConfig& config, const CacheLayout& layout, Rounding rounding, ThreadPool& pool)
-      : config_(config), layout_(layout), rounding_(rounding), pool_(pool) {}
+  // `pool` and `layout` are borrowed and outlive this. `tiles` may keep attention off AMX tiles where they could be
+  // used.
+  CpuOps(const ModelConfig& config, const CacheLayout& layout, Rounding rounding, ThreadPool& pool, bool tiles = true)
+      : config_(config),
+        layout_(layout),
+        rounding_(rounding),
+        pool_(pool),
+        tiles_(tiles && rounding == Rounding::All() && AmxAvailable()) {}
 
   void Embed(const HostRows& table, const int32_t* ids, int64_t rows, int hc, float* streams) override;
   void HyperConnectionPre(const float* streams, const HyperConnectionWeights& w, const float* norm, int64_t rows,
@@ -60,12 +66,39 @@ class CpuOps : public Ops {
   void SimulateKv(float* entry) const;
   // Hadamard and FP4 simulation of one index query or key of 128 dims, in place.
   void SimulateIndex(float* x) const;
-  // One entry or index key to and from its stored form.
-  void StoreEntry(const float* entry, uint8_t* body, uint8_t* scales) const;
-  void LoadEntry(const uint8_t* body, const uint8_t* scales, float* entry) const;
+  // Where an entry is stored: one of the window's ring, or a compressed one.
+  struct Stored {
+    uint8_t *body, *scales;
+  };
+  Stored WindowPlace(const SequenceRows& s, int slot_layer, int64_t position) const {
+    const SlotLayerLayout& l = layout_.slot_layers[slot_layer];
+    const int64_t i = position % layout_.window_slots;
+    return {s.slot + l.window_bodies + i * layout_.entry.body_bytes,
+            s.slot + l.window_scales + i * layout_.entry.scale_bytes};
+  }
+  Stored EntryPlace(const SequenceRows& s, int layer, int64_t entry) const {
+    const PageLayerLayout& l = layout_.page_layers[layer];
+    uint8_t* page = (*s.pages)[entry / l.entries];
+    const int64_t i = entry % l.entries;
+    return {page + l.bodies + i * layout_.entry.body_bytes, page + l.scales + i * layout_.entry.scale_bytes};
+  }
+  void StoreEntry(const float* entry, const Stored& place) const;
+  // Key i of an array from its stored form, or from its F32 values.
+  void LoadEntry(const Stored& stored, RowKeys& keys, int64_t i) const;
+  void LoadEntry(const Stored& stored, TileKeys& keys, int64_t i) const;
+  void PutKey(const float* key, RowKeys& keys, int64_t i) const;
+  void PutKey(const float* key, TileKeys& keys, int64_t i) const;
+  // One index key to and from its stored form.
   void StoreIndexKey(const float* key, uint8_t* body, uint8_t* scales) const;
   void LoadIndexKey(const uint8_t* body, const uint8_t* scales, float* key) const;
-  void LoadCompressed(const SequenceRows& s, int layer, int64_t entry, float* out) const;
+  // Up to so many rows of a sequence load the window for themselves when they attend, from a ring that must still hold
+  // all of it then: with a batch of sequences, keys widened ahead would leave the cache before they are read.
+  static constexpr int64_t kRowsAlone = 2;
+  static_assert(kRowsAlone <= kSpeculativeSlots);
+  // SparseAttention on keys of one form.
+  template <typename Keys>
+  void Attend(int layer, const Pass& pass, const float* q, int heads, const float* sink, const WindowKeys& window,
+              const Keys& window_keys, const Selection& selection, RopeRows rope, float* out);
   void ScoreCodes(const SequenceRows& s, int layer, int64_t r0, int64_t rows, int64_t n_max, int heads, float* scores,
                   int64_t ld);
   void ScoreFloats(const SequenceRows& s, int layer, const float* q, int64_t r0, int64_t rows, int64_t n_max, int heads,
@@ -76,8 +109,10 @@ class CpuOps : public Ops {
   const CacheLayout& layout_;
   const Rounding rounding_;
   ThreadPool& pool_;
+  const bool tiles_;                   // attention runs on AMX tiles: everything it multiplies is a BF16 value
   std::vector<float> codes_, scales_;  // quantised activations of Linear
-  std::vector<float> mixes_;           // [T, (2 + hc) hc] of the mHC product
+  std::vector<uint16_t> plain_bits_, quantised_bits_;  // its inputs as tiles want them
+  std::vector<float> mixes_;                           // [T, (2 + hc) hc] of the mHC product
   std::vector<float> gate_logits_;
   // Indexer: queries as codes, weights, and the keys of one block.
   std::vector<IndexRow> index_queries_;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // mHC on the CPU: four residual streams mixed into one sublayer input, and folded back by a doubly stochastic matrix.
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "engine/ops/cpu_ops.h"
 #include "engine/ops/vector_cpu.h"
@@ -9,6 +11,39 @@ namespace millrace {
 namespace {
 
 float Sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+// Four floats: baseline vectors on every processor, so nothing is dispatched.
+using Four = float __attribute__((vector_size(16)));
+
+void Transpose(Four (&m)[4]) {
+  const Four a = __builtin_shufflevector(m[0], m[1], 0, 4, 1, 5), b = __builtin_shufflevector(m[2], m[3], 0, 4, 1, 5);
+  const Four c = __builtin_shufflevector(m[0], m[1], 2, 6, 3, 7), d = __builtin_shufflevector(m[2], m[3], 2, 6, 3, 7);
+  m[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  m[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  m[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  m[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// Divides every row by (the sum of the rows + eps), lane by lane.
+void DivideBySum(Four (&m)[4], float eps) {
+  const Four sum = m[0] + m[1] + m[2] + m[3] + eps;
+  for (Four& row : m) row /= sum;
+}
+
+// The iterations of Sinkhorn below for four streams, with the same bits.
+void NormaliseFour(float* c, int iterations, float eps) {
+  Four m[4];
+  std::memcpy(m, c, sizeof(m));
+  for (int it = 1; it <= iterations; ++it) {
+    if (it > 1) {
+      Transpose(m);
+      DivideBySum(m, eps);
+      Transpose(m);
+    }
+    DivideBySum(m, eps);
+  }
+  std::memcpy(c, m, sizeof(m));
+}
 
 // Softmax over destinations, then columns, then (rows, columns) for the remaining iterations; column last.
 void Sinkhorn(float* c, int hc, int iterations, float eps) {
@@ -19,6 +54,7 @@ void Sinkhorn(float* c, int hc, int iterations, float eps) {
     for (int k = 0; k < hc; ++k) sum += c[j * hc + k] = std::exp(c[j * hc + k] - max);
     for (int k = 0; k < hc; ++k) c[j * hc + k] = c[j * hc + k] / sum + eps;
   }
+  if (hc == 4) return NormaliseFour(c, iterations, eps);
   for (int it = 1; it <= iterations; ++it) {
     if (it > 1) {
       for (int j = 0; j < hc; ++j) {

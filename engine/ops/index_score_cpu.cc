@@ -93,13 +93,18 @@ void HadamardV(const float* x, float* y) {
   const D d;
   std::copy_n(x, kIndexDim, y);
   int half = 1;
-  for (; half < kLanes; half *= 2) {  // inside vectors: few, left to the compiler
-    for (int i = 0; i < kIndexDim; i += 2 * half) {
-      for (int j = i; j < i + half; ++j) {
-        const float a = y[j], b = y[j + half];
-        y[j] = a + b;
-        y[j + half] = a - b;
-      }
+  for (; half < kLanes; half *= 2) {  // inside vectors: lanes that have the bit of `half` take the difference
+    HWY_ALIGN int32_t partners[kLanes];
+    HWY_ALIGN float signs[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      partners[lane] = lane ^ half;
+      signs[lane] = (lane & half) != 0 ? -0.0f : 0.0f;
+    }
+    const auto partner = hn::SetTableIndices(d, partners);
+    const V sign = hn::Load(d, signs);
+    for (int i = 0; i < kIndexDim; i += kLanes) {
+      const V v = hn::LoadU(d, y + i);
+      hn::StoreU(hn::Add(hn::TableLookupLanes(v, partner), hn::Xor(v, sign)), d, y + i);
     }
   }
   for (; half < kIndexDim; half *= 2) {
@@ -137,6 +142,23 @@ void EncodeTwiceV(const float* x, float inverse, int8_t* twice) {
   for (int i = 0; i < 32; ++i) twice[i] = static_cast<int8_t>(values[i]);
 }
 
+// x = x / norm rounded to BF16 (a quotient: near-ties decide FP4 codes); returns the greatest magnitude.
+float DivideAndRoundV(float* x, float norm, int n) {
+  const D d;
+  const hn::Rebind<uint32_t, D> du;
+  V greatest = hn::Zero(d);
+  for (int i = 0; i < n; i += kLanes) {
+    const V v = hn::Div(hn::LoadU(d, x + i), hn::Set(d, norm));
+    const auto bits = hn::BitCast(du, v);
+    const auto lsb = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
+    const auto high = hn::And(hn::Add(bits, hn::Add(lsb, hn::Set(du, 0x7fffu))), hn::Set(du, 0xffff0000u));
+    const V rounded = hn::IfThenElse(hn::IsNaN(v), v, hn::BitCast(d, high));
+    hn::StoreU(rounded, d, x + i);
+    greatest = hn::Max(greatest, hn::Abs(rounded));
+  }
+  return hn::GetLane(hn::MaxOfLanes(d, greatest));
+}
+
 // The codes of one stored key, 12 + twice the value, in order of dims.
 void ExpandKeyV(const uint8_t* HWY_RESTRICT body, uint8_t* HWY_RESTRICT codes) {
   alignas(16) static constexpr uint8_t kCodes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
@@ -165,9 +187,12 @@ void ExpandKeyV(const uint8_t* HWY_RESTRICT body, uint8_t* HWY_RESTRICT codes) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+#include "engine/ops/amx.h"
+
 namespace millrace {
 HWY_EXPORT(ScoreIndexTileV);
 HWY_EXPORT(HadamardV);
+HWY_EXPORT(DivideAndRoundV);
 HWY_EXPORT(EncodeTwiceV);
 HWY_EXPORT(ExpandKeyV);
 
@@ -177,12 +202,7 @@ void QuantiseIndex(const float* x, IndexRow& row) {
   const float norm = std::sqrt(static_cast<float>(kIndexDim));
   for (int g = 0; g < kIndexGroups; ++g) {
     float* group = y + g * 32;
-    float amax = 0;
-    for (int i = 0; i < 32; ++i) {
-      group[i] = RoundBf16(group[i] / norm);  // the quotient: near-ties decide FP4 codes
-      amax = std::max(amax, std::abs(group[i]));
-    }
-    const int exponent = Fp4Scale(amax);
+    const int exponent = Fp4Scale(HWY_DYNAMIC_DISPATCH(DivideAndRoundV)(group, norm, 32));
     row.scales[g] = PowerOfTwo(exponent);
     int8_t* twice = row.twice + g * 32;
     HWY_DYNAMIC_DISPATCH(EncodeTwiceV)(group, PowerOfTwo(-exponent), twice);
@@ -198,8 +218,12 @@ void LoadIndexTileKey(const uint8_t* body, const uint8_t* scales, int i, IndexKe
   for (int g = 0; g < kIndexGroups; ++g) tile.scales[g][i] = DecodeE8m0(scales[g]);
 }
 
-void ScoreIndexTile(const IndexRow* query, const float* weights, int heads, const IndexKeyTile& tile, float* scores) {
-  HWY_DYNAMIC_DISPATCH(ScoreIndexTileV)(query, weights, heads, tile, scores);
+void ScoreIndexTiles(const IndexRow* query, const float* weights, int heads, const IndexKeyTile* tiles,
+                     int64_t num_tiles, float* scores) {
+  if (AmxAvailable()) return ScoreIndexTilesAmx(query, weights, heads, tiles, num_tiles, scores);
+  for (int64_t t = 0; t < num_tiles; ++t) {
+    HWY_DYNAMIC_DISPATCH(ScoreIndexTileV)(query, weights, heads, tiles[t], scores + t * kIndexTile);
+  }
 }
 
 }  // namespace millrace

@@ -34,8 +34,12 @@ struct alignas(64) IndexKeyTile {
 // Puts a stored key (64 bytes of pairs, 4 E8M0 scales) at place `i` of a tile.
 void LoadIndexTileKey(const uint8_t* body, const uint8_t* scales, int i, IndexKeyTile& tile);
 
-// scores [kIndexTile] = per key the sum over the query's heads, in order, of weight * relu(dot), where dot adds its
-// four groups in order; rounded to BF16. query and weights [heads].
-void ScoreIndexTile(const IndexRow* query, const float* weights, int heads, const IndexKeyTile& tile, float* scores);
+// scores [num_tiles * kIndexTile] = per key the sum over the query's heads, in order, of weight * relu(dot), where dot
+// adds its four groups in order; rounded to BF16. query and weights [heads].
+void ScoreIndexTiles(const IndexRow* query, const float* weights, int heads, const IndexKeyTile* tiles,
+                     int64_t num_tiles, float* scores);
+// The same on AMX tiles (index_score_amx.cc), which ScoreIndexTiles prefers; AmxAvailable() must hold.
+void ScoreIndexTilesAmx(const IndexRow* query, const float* weights, int heads, const IndexKeyTile* tiles,
+                        int64_t num_tiles, float* scores);
 
 }  // namespace millrace

@@ -70,7 +70,7 @@ TEST(IndexScore, QuantisesAsTheScalarDefinition) {
 // Every E2M1 code on both sides, so that the largest sums of integers are among them.
 TEST(IndexScore, EqualsTheFloatLoopBitForBit) {
   std::mt19937 draw(2);
-  for (const int heads : {1, 4, 16, 64}) {
+  for (const int heads : {1, 4, 16, 20, 64}) {
     for (int repeat = 0; repeat < 50; ++repeat) {
       std::vector<IndexRow> query(heads);
       std::vector<float> q(heads * kIndexDim), weights(heads);
@@ -84,20 +84,21 @@ TEST(IndexScore, EqualsTheFloatLoopBitForBit) {
         Widen(query[h], q.data() + h * kIndexDim);
         weights[h] = RoundBf16(static_cast<float>(draw() % 2001) / 1000.0f - 1.0f);
       }
-      IndexKeyTile tile;
-      std::vector<float> keys(kIndexTile * kIndexDim);
-      for (int key = 0; key < kIndexTile; ++key) {
+      constexpr int kTiles = 3, kKeys = kTiles * kIndexTile;
+      std::vector<IndexKeyTile> tiles(kTiles);
+      std::vector<float> keys(kKeys * kIndexDim);
+      for (int key = 0; key < kKeys; ++key) {
         uint8_t body[kIndexDim / 2], scales[kIndexGroups];
         for (uint8_t& pair : body) pair = repeat == 0 ? 0x77 : static_cast<uint8_t>(draw());
         for (uint8_t& scale : scales) scale = static_cast<uint8_t>(120 + draw() % 12);
-        LoadIndexTileKey(body, scales, key, tile);
+        LoadIndexTileKey(body, scales, key % kIndexTile, tiles[key / kIndexTile]);
         for (int i = 0; i < kIndexDim; ++i) {
           keys[key * kIndexDim + i] = DecodeE2m1(body[i / 2] >> (4 * (i % 2))) * DecodeE8m0(scales[i / 32]);
         }
       }
-      float scores[kIndexTile];
-      ScoreIndexTile(query.data(), weights.data(), heads, tile, scores);
-      for (int key = 0; key < kIndexTile; ++key) {
+      float scores[kKeys];
+      ScoreIndexTiles(query.data(), weights.data(), heads, tiles.data(), kTiles, scores);
+      for (int key = 0; key < kKeys; ++key) {
         const float want = RoundBf16(vec::IndexScore(q.data(), weights.data(), heads, keys.data() + key * kIndexDim));
         ASSERT_EQ(std::bit_cast<uint32_t>(scores[key]), std::bit_cast<uint32_t>(want))
             << heads << " heads, key " << key << ": " << scores[key] << " for " << want;

@@ -24,16 +24,18 @@ void TopK(const float* scores, int64_t n, int k, std::vector<uint64_t>& scratch,
     return;
   }
   // Scores as integers that sort like them, the index below, complemented so that the lower one is the better.
-  scratch.resize(n);
-  for (int64_t i = 0; i < n; ++i) {
+  const auto key = [scores](int64_t i) {
     const uint32_t bits = std::bit_cast<uint32_t>(scores[i] + 0.0f);  // -0 is 0
     const uint32_t ordered = (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
-    scratch[i] = static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(i);
+    return static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(i);
+  };
+  scratch.resize(n);
+  for (int64_t i = 0; i < n; ++i) scratch[i] = key(i);
+  std::nth_element(scratch.begin(), scratch.begin() + k - 1, scratch.end(), std::greater<>());
+  const uint64_t last = scratch[k - 1];  // no two keys are equal, so k of them are not below this one
+  for (int32_t i = 0; i < n; ++i) {
+    if (key(i) >= last) out.push_back(i);
   }
-  std::nth_element(scratch.begin(), scratch.begin() + k, scratch.end(), std::greater<>());
-  const size_t first = out.size();
-  for (int i = 0; i < k; ++i) out.push_back(static_cast<int32_t>(~static_cast<uint32_t>(scratch[i])));
-  std::sort(out.begin() + static_cast<int64_t>(first), out.end());
 }
 
 int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -60,10 +62,9 @@ void CpuOps::ScoreCodes(const SequenceRows& s, int layer, int64_t r0, int64_t ro
       const int64_t row = s.row + r0 + r;
       // A whole tile is scored even if the row sees a part of it: what lies beyond is never read.
       const int64_t limit = std::min((s.start + r0 + r + 1) / 4, end);
-      for (int64_t e = e0; e < limit; e += kIndexTile) {
-        ScoreIndexTile(index_queries_.data() + row * heads, index_weights_.data() + row * heads, heads,
-                       index_tiles_[(e - e0) / kIndexTile], scores + r * ld + e);
-      }
+      if (limit <= e0) return;
+      ScoreIndexTiles(index_queries_.data() + row * heads, index_weights_.data() + row * heads, heads,
+                      index_tiles_.data(), (limit - e0 + kIndexTile - 1) / kIndexTile, scores + r * ld + e0);
     });
   }
 }

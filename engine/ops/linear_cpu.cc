@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "engine/ops/cpu_ops.h"
+#include "engine/ops/matmul_amx.h"
 #include "engine/ops/rounding.h"
 #include "engine/ops/vector_cpu.h"
 
@@ -24,8 +25,15 @@ void CpuOps::Embed(const HostRows& table, const int32_t* ids, int64_t rows, int 
 
 void CpuOps::Linear(const float* x, int64_t ld, int64_t rows, std::initializer_list<LinearCall> calls) {
   if (rows == 0) return;
-  const ActivationRows plain{x, ld, nullptr, 0, /*bf16=*/rounding_ == Rounding::All()};
+  ActivationRows plain{x, ld, nullptr, 0, /*bf16=*/rounding_ == Rounding::All()};
   ActivationRows quantised;
+  // Weights that share an input share its tiles' rows.
+  const auto narrow = [&](ActivationRows& input, int64_t k, std::vector<uint16_t>& bits) {
+    if (!input.bf16 || !AmxAvailable() || input.narrow != nullptr || k % 32 != 0) return;
+    bits.resize(std::max<size_t>(bits.size(), rows * k));
+    NarrowRows(input, rows, k, bits.data());
+    input.narrow = bits.data();
+  };
   for (const LinearCall& call : calls) {
     const PackedLinear& w = *call.weight;
     const bool quantise = call.quantise_input && w.quantised() && rounding_.activation_quant;
@@ -37,6 +45,11 @@ void CpuOps::Linear(const float* x, int64_t ld, int64_t rows, std::initializer_l
         QuantiseActivations(x + r * ld, w.k(), 128, codes_.data() + r * w.k(), scales_.data() + r * groups);
       });
       quantised = {codes_.data(), w.k(), scales_.data(), groups, /*bf16=*/true};
+    }
+    if (quantise) {
+      narrow(quantised, w.k(), quantised_bits_);
+    } else if (w.kind() != WeightKind::kF32) {
+      narrow(plain, w.k(), plain_bits_);
     }
     const int64_t out_ld = call.out_ld == 0 ? w.n() : call.out_ld;
     MatMul(w, quantise ? quantised : plain, rows, call.out, out_ld, pool_);
@@ -67,16 +80,7 @@ void CpuOps::PrepareRope(const RopeFrequencies& f, const int64_t* positions, int
 }
 
 void CpuOps::RotateRow(float* x, int64_t dim, const float* cos, const float* sin, float sign) const {
-  float* pair = x + dim - 64;
-  for (int i = 0; i < 32; ++i, pair += 2) {
-    const float a = pair[0], b = pair[1], s = sign * sin[i];
-    pair[0] = a * cos[i] - b * s;
-    pair[1] = a * s + b * cos[i];
-    if (rounding_.rope_out) {
-      pair[0] = RoundBf16(pair[0]);
-      pair[1] = RoundBf16(pair[1]);
-    }
-  }
+  vec::RotatePairs(x + dim - 64, cos, sin, sign, rounding_.rope_out);
 }
 
 void CpuOps::QueryNormRope(float* q, int heads, RopeRows rope, int64_t rows) {

@@ -101,25 +101,27 @@ HWY_INLINE float ActivationScale(const ActivationRows& x, int64_t row, int64_t k
   return x.scales == nullptr ? 1.0f : x.scales[row * x.scales_ld + k0 / 128];
 }
 
-// One row, `kVectors` vectors of one panel starting at lane 0.
-template <WeightKind kKind, int kVectors>
-HWY_INLINE void RowTimesPanel(const PackedLinear& w, int64_t panel, const ActivationRows& x, float* HWY_RESTRICT out,
-                              int first_lane) {
+// Adds kBlocks blocks from input k0 on, summed side by side and added in order, to the totals of one row: kVectors
+// vectors of one panel from first_lane on.
+template <WeightKind kKind, int kVectors, int kBlocks>
+HWY_INLINE void AddBlocks(const PackedLinear& w, int64_t panel, const ActivationRows& x, int first_lane, int64_t k0,
+                          V* HWY_RESTRICT total) {
   const D d;
-  const uint8_t* HWY_RESTRICT data = w.panel_data(panel);
+  constexpr int64_t kK = Block<kKind>::kK;
   const float* HWY_RESTRICT scales = w.panel_scales(panel);
-  const int width = w.panel_width(panel);
-  const int64_t row_bytes = static_cast<int64_t>(width) * Block<kKind>::kBits / 8;
+  const int64_t row_bytes = static_cast<int64_t>(w.panel_width(panel)) * Block<kKind>::kBits / 8;
+  const uint8_t* HWY_RESTRICT data = w.panel_data(panel) + k0 * row_bytes;
+  const int64_t len = std::min<int64_t>(w.k() - k0, kK);
   constexpr int64_t kAhead = 2048;
-  V total[kVectors];
-  for (int v = 0; v < kVectors; ++v) total[v] = hn::Zero(d);
-  for (int64_t k0 = 0; k0 < w.k(); k0 += Block<kKind>::kK) {
-    const int64_t k1 = std::min<int64_t>(w.k(), k0 + Block<kKind>::kK);
-    V sum[kVectors];
-    for (int v = 0; v < kVectors; ++v) sum[v] = hn::Zero(d);
-    for (int64_t i = k0; i < k1; ++i) {
-      const V value = hn::Set(d, x.values[i] * Block<kKind>::kInput);
-      const uint8_t* HWY_RESTRICT at = data + i * row_bytes;
+  V sum[kBlocks][kVectors];
+  for (int b = 0; b < kBlocks; ++b) {
+    for (int v = 0; v < kVectors; ++v) sum[b][v] = hn::Zero(d);
+  }
+  for (int64_t i = 0; i < len; ++i) {
+    for (int b = 0; b < kBlocks; ++b) {
+      const int64_t k = b * kK + i;
+      const V value = hn::Set(d, x.values[k0 + k] * Block<kKind>::kInput);
+      const uint8_t* HWY_RESTRICT at = data + k * row_bytes;
       // Weights are read once and from far away: the hardware's own prefetch stops at every page.
       for (int64_t line = 0; line < row_bytes; line += 64) hwy::Prefetch(at + kAhead + line);
       HWY_ALIGN int8_t twice[PackedLinear::kPanel];
@@ -128,16 +130,32 @@ HWY_INLINE void RowTimesPanel(const PackedLinear& w, int64_t panel, const Activa
         const int lane = first_lane + v * kLanes;
         const void* weights = at + lane * Block<kKind>::kBits / 8;
         if constexpr (kKind == WeightKind::kFp4) weights = twice + lane;
-        sum[v] = hn::MulAdd(value, Widen<kKind>(weights), sum[v]);
+        sum[b][v] = hn::MulAdd(value, Widen<kKind>(weights), sum[b][v]);
       }
     }
-    const float activation_scale = ActivationScale(x, 0, k0);
+  }
+  for (int b = 0; b < kBlocks; ++b) {
+    const float activation_scale = ActivationScale(x, 0, k0 + b * kK);
     for (int v = 0; v < kVectors; ++v) {
-      total[v] = hn::MulAdd(sum[v],
-                            BlockScale<kKind>(scales, k0 / Block<kKind>::kK, first_lane + v * kLanes, activation_scale),
-                            total[v]);
+      total[v] = hn::MulAdd(
+          sum[b][v], BlockScale<kKind>(scales, k0 / kK + b, first_lane + v * kLanes, activation_scale), total[v]);
     }
   }
+}
+
+// One row, `kVectors` vectors of one panel, kBlocks blocks at a time.
+template <WeightKind kKind, int kVectors, int kBlocks>
+HWY_INLINE void RowTimesPanel(const PackedLinear& w, int64_t panel, const ActivationRows& x, float* HWY_RESTRICT out,
+                              int first_lane) {
+  const D d;
+  constexpr int64_t kK = Block<kKind>::kK;
+  V total[kVectors];
+  for (int v = 0; v < kVectors; ++v) total[v] = hn::Zero(d);
+  int64_t k0 = 0;
+  for (; k0 + kBlocks * kK <= w.k(); k0 += kBlocks * kK) {
+    AddBlocks<kKind, kVectors, kBlocks>(w, panel, x, first_lane, k0, total);
+  }
+  for (; k0 < w.k(); k0 += kK) AddBlocks<kKind, kVectors, 1>(w, panel, x, first_lane, k0, total);
   for (int v = 0; v < kVectors; ++v) hn::StoreU(total[v], d, out + first_lane + v * kLanes);
 }
 
@@ -145,11 +163,19 @@ template <WeightKind kKind>
 void OneRow(const PackedLinear& w, int64_t panel, const ActivationRows& x, float* HWY_RESTRICT lanes) {
   const int width = w.panel_width(panel);
   constexpr int kFull = PackedLinear::kPanel / kLanes;
-  // Eight accumulators hide the latency of a fused multiply-add; more would spill.
+  // Eight accumulators hide the latency of a fused multiply-add; more would spill. Where a panel has fewer vectors,
+  // several blocks make up for it; 16 lanes in two vectors do well as they are.
+  constexpr int kBlocks = kStripVectors == 1 ? 4 : 1;
   if constexpr (kFull <= 8) {
-    if (width == PackedLinear::kPanel) return RowTimesPanel<kKind, kFull>(w, panel, x, lanes, 0);
+    if (width == PackedLinear::kPanel)
+      return RowTimesPanel < kKind, kFull, kFull == 4 ? 2 : 1 > (w, panel, x, lanes, 0);
   }
-  for (int lane = 0; lane < width; lane += kStrip) RowTimesPanel<kKind, kStripVectors>(w, panel, x, lanes, lane);
+  if constexpr (kStripVectors == 1) {
+    if (width == 2 * kStrip) return RowTimesPanel<kKind, 2, kBlocks>(w, panel, x, lanes, 0);
+  }
+  for (int lane = 0; lane < width; lane += kStrip) {
+    RowTimesPanel<kKind, kStripVectors, kBlocks>(w, panel, x, lanes, lane);
+  }
 }
 
 // kRows rows times one widened strip [block][kStrip], added to totals [kRows][kPanel].
@@ -299,26 +325,34 @@ HWY_EXPORT(AbsMax);
 
 void MatMul(const PackedLinear& w, const ActivationRows& x, int64_t m, float* out, int64_t out_ld, ThreadPool& pool) {
   if (m == 0) return;
+  const int64_t panels = w.num_panels();
+  if (x.bf16 && AmxTakes(w) && AmxAvailable()) {
+    // Widened weights serve all rows of a strip, whose inputs stay in the second-level cache.
+    constexpr int64_t kRowStrip = 512;
+    const uint16_t* narrow = x.narrow;
+    static thread_local std::vector<uint16_t> rows;
+    if (narrow == nullptr) {
+      rows.resize(std::max<size_t>(rows.size(), m * w.k()));
+      NarrowRows(x, m, w.k(), rows.data());
+      narrow = rows.data();
+    }
+    // Tiles are configured once per group of panels; one group per thread and strip would leave threads waiting.
+    const int64_t groups = std::min<int64_t>(panels, pool.num_threads() == 1 ? 1 : 4 * pool.num_threads());
+    pool.For(groups * ((m + kRowStrip - 1) / kRowStrip), [&](int64_t i) {
+      const int64_t group = i % groups, row = i / groups * kRowStrip;
+      AmxProduct(w, panels * group / groups, panels * (group + 1) / groups, narrow + row * w.k(),
+                 std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
+    });
+    return;
+  }
   // Rows go through in strips that keep the activations in cache; the split changes no sum.
   constexpr int64_t kRowStrip = 96;
-  const int64_t panels = w.num_panels(), strips = (m + kRowStrip - 1) / kRowStrip;
-  const uint16_t* narrow = nullptr;  // [m, k], if the product goes into tiles
-  if (x.bf16 && AmxTakes(w) && AmxAvailable()) {
-    static thread_local std::vector<uint16_t> rows;
-    rows.resize(std::max<size_t>(rows.size(), m * w.k()));
-    NarrowRows(x, m, w.k(), rows.data());
-    narrow = rows.data();
-  }
-  pool.For(panels * strips, [&](int64_t i) {
-    const int64_t panel = i % panels, row = i / panels * kRowStrip, rows = std::min(kRowStrip, m - row);
+  pool.For(panels * ((m + kRowStrip - 1) / kRowStrip), [&](int64_t i) {
+    const int64_t panel = i % panels, row = i / panels * kRowStrip;
     ActivationRows part = x;
     part.values += row * x.ld;
     if (part.scales != nullptr) part.scales += row * x.scales_ld;
-    if (narrow != nullptr) {
-      AmxPanelProduct(w, panel, {narrow + row * w.k(), part.scales, x.scales_ld}, rows, out + row * out_ld, out_ld);
-    } else {
-      HWY_DYNAMIC_DISPATCH(PanelProductAny)(w, panel, part, rows, out + row * out_ld, out_ld);
-    }
+    HWY_DYNAMIC_DISPATCH(PanelProductAny)(w, panel, part, std::min(kRowStrip, m - row), out + row * out_ld, out_ld);
   });
 }
 

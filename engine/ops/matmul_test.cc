@@ -45,9 +45,10 @@ Problem Make(WeightKind kind, int64_t n, int64_t k, std::mt19937& draw) {
     case WeightKind::kFp8: {
       const int64_t blocks = (k + 127) / 128;
       std::vector<uint8_t> codes(n * k), scales((n + 127) / 128 * blocks);
-      for (uint8_t& c : codes) {
-        do c = static_cast<uint8_t>(draw());  // every code but NaN, subnormals among them
-        while ((c & 0x7f) == 0x7f);
+      for (int64_t i = 0; i < n * k; ++i) {
+        // Every code but NaN; subnormals and zeros in every other 32 inputs only, which is a case of its own.
+        do codes[i] = static_cast<uint8_t>(draw());
+        while ((codes[i] & 0x7f) == 0x7f || (i % k / 32 % 2 == 0 && (codes[i] & 0x78) == 0));
       }
       for (uint8_t& s : scales) s = static_cast<uint8_t>(117 + draw() % 4);
       fill([&](int64_t i) { return DecodeE4m3(codes[i]) * DecodeE8m0(scales[i / k / 128 * blocks + i % k / 128]); });
@@ -57,7 +58,7 @@ Problem Make(WeightKind kind, int64_t n, int64_t k, std::mt19937& draw) {
     case WeightKind::kFp4: {
       std::vector<uint8_t> pairs(n * k / 2), scales(n * k / 32);
       for (uint8_t& pair : pairs) pair = static_cast<uint8_t>(draw());
-      for (uint8_t& s : scales) s = static_cast<uint8_t>(124 + draw() % 5);
+      for (size_t i = 0; i < scales.size(); ++i) scales[i] = static_cast<uint8_t>(124 + draw() % (i % 2 == 0 ? 4 : 5));
       fill([&](int64_t i) { return DecodeE2m1(pairs[i / 2] >> (4 * (i % 2))) * DecodeE8m0(scales[i / 32]); });
       p.weight = PackedLinear::FromFp4(pairs.data(), scales.data(), n, k);
       break;
@@ -139,17 +140,19 @@ INSTANTIATE_TEST_SUITE_P(Kinds, MatMulOf,
                                             ::testing::Bool()),
                          NameOf);
 
-TEST(NarrowRows, KeepsNormalBf16ValuesAndNans) {
+TEST(NarrowRows, KeepsBf16ValuesAndNans) {
   if (!AmxAvailable()) GTEST_SKIP() << "this processor has no AMX";
-  const std::vector<float> x = {1.0f, -0.0f, std::bit_cast<float>(0x7f800001u), INFINITY, 0x1p-130f, 0x1p-126f};
+  std::vector<float> x = {1.0f, -0.0f, std::bit_cast<float>(0x7f800001u), INFINITY, 0x1p-130f, 0x1p-126f};
+  for (int i = 6; i < 40; ++i) x.push_back(static_cast<float>(i));  // a whole vector and a part of one
   std::vector<uint16_t> out(x.size());
-  NarrowRows({x.data(), 6}, 1, 6, out.data());
+  NarrowRows({x.data(), 40}, 1, 40, out.data());
   EXPECT_EQ(out[0], 0x3f80);
   EXPECT_EQ(DecodeBf16(out[1]), 0.0f);
   EXPECT_TRUE(std::isnan(DecodeBf16(out[2])));
   EXPECT_EQ(out[3], 0x7f80);
-  EXPECT_EQ(DecodeBf16(out[4]), 0.0f);
+  EXPECT_EQ(DecodeBf16(out[4]), 0x1p-130f);
   EXPECT_EQ(DecodeBf16(out[5]), 0x1p-126f);
+  for (int i = 6; i < 40; ++i) EXPECT_EQ(DecodeBf16(out[i]), static_cast<float>(i));
   const std::vector<float> lossy = {1.0000001f};
   EXPECT_DEATH(NarrowRows({lossy.data(), 1}, 1, 1, out.data()), "BF16 values");
 }

@@ -166,7 +166,7 @@ class CudaModelOps : public CudaTest {
   const CacheLayout layout_ = CacheLayout::Make(config_, Numerics::kRelease, true);
   const RopeFrequencies frequencies_ = TestFrequencies();
   ThreadPool pool_{2};
-  CpuOps ops_{config_, layout_, Rounding::All(), pool_};
+  CpuOps ops_{config_, layout_, Rounding::All(), pool_, /*tiles=*/false};
   Buffer<uint8_t> pages_, slots_;
   std::unique_ptr<DeviceArray<uint8_t>> device_pages_, device_slots_;
   std::vector<int32_t> table_;
@@ -345,14 +345,18 @@ TEST_F(CudaModelOps, WindowHoldsTheSameKeysAndBytesForAnyCut) {
       std::vector<float> ours, theirs;
       for (size_t i = 0; i < 2; ++i) {
         const SequenceView s{pass->sequences[i].row, count, start, nullptr, nullptr};
+        if (window.first[i] == WindowKeys::kInSlot) continue;  // its bytes are compared all the same
         for (int64_t p = window.first_position[i]; p < start + count; ++p) {
           const int64_t a = WindowRow(s, static_cast<int64_t>(i), p) * 512;
-          const float* b = window.keys.data() + (window.first[i] + p - window.first_position[i]) * 512;
+          const float* b = window.rows[window.first[i] + p - window.first_position[i]];
           ours.insert(ours.end(), found.begin() + a, found.begin() + a + 512);
           theirs.insert(theirs.end(), b, b + 512);
         }
       }
-      EXPECT_LT(RelativeNorm(ours, theirs), 1e-3) << "a code may round otherwise: FP8 has 3 bits";
+      EXPECT_EQ(theirs.empty(), count <= 2);
+      if (!theirs.empty()) {
+        EXPECT_LT(RelativeNorm(ours, theirs), 1e-3) << "a code may round otherwise: FP8 has 3 bits";
+      }
       EXPECT_LT(DifferentBytes(), 2e-3);
       start += count;
     }
@@ -550,7 +554,7 @@ TEST_F(CudaModelOps, AttentionMergesSegmentsAsTheCpuDoes) {
   config.layer_kinds = {LayerKind::kHca, LayerKind::kCsa};
   config.num_hidden_layers = 2;
   const CacheLayout layout = CacheLayout::Make(config, Numerics::kRelease, false);
-  CpuOps ops(config, layout, Rounding::All(), pool_);
+  CpuOps ops(config, layout, Rounding::All(), pool_, /*tiles=*/false);
   constexpr int64_t kEntries = 2500, kStart = kEntries * 4;
   constexpr int kManyPages = kEntries / 32 + 1;
   Buffer<uint8_t> pages(kManyPages * layout.page_bytes), slot(layout.slot_bytes);

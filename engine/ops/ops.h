@@ -14,6 +14,7 @@
 
 #include "absl/types/span.h"
 #include "engine/cache/cache_layout.h"
+#include "engine/ops/attention_keys.h"
 #include "engine/ops/packed_linear.h"
 
 namespace millrace {
@@ -65,10 +66,14 @@ struct CompressorWeights {
 };
 
 // Keys of the window that the rows of a pass may see: per sequence the old entries still visible to its first row,
-// then its own rows; F32 values of the stored entries.
+// then its own rows; values of the stored entries, in the form that attention reads. Keys of sequences with few rows
+// may be left where they are stored.
 struct WindowKeys {
-  Buffer<float> keys;          // [sum over sequences of (old + count), 512]
-  std::vector<int64_t> first;  // per sequence: index of the key of position `first_position`
+  static constexpr int64_t kInSlot = -1;
+  int slot_layer = 0;  // whose window this is
+  RowKeys rows;        // [sum over sequences of (old + count)], or `tiles` in their place
+  TileKeys tiles;
+  std::vector<int64_t> first;  // per sequence: index of the key of position `first_position`, or kInSlot
   std::vector<int64_t> first_position;
 };
 

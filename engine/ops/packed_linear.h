@@ -62,7 +62,8 @@ struct ActivationRows {
   int64_t ld = 0;
   const float* scales = nullptr;  // [m, scales_ld] or null
   int64_t scales_ld = 0;
-  bool bf16 = false;  // every value is a BF16 value, so that matmul_amx.h may take the product
+  bool bf16 = false;                 // every value is a BF16 value, so that matmul_amx.h may take the product
+  const uint16_t* narrow = nullptr;  // what NarrowRows makes of these rows, if the caller has it already
 };
 
 // out[m, n] = x · wᵀ for m rows; out must not alias x. m may be 0.

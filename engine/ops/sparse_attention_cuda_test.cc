@@ -134,8 +134,8 @@ class CudaSparseAttention : public CudaTest {
     std::vector<int64_t> positions(positions_.begin(), positions_.end());
     const std::vector<int32_t> ids(rows_, 0);
     WindowKeys window;
-    window.keys = Buffer<float>(static_cast<int64_t>(keys_.size()));
-    std::copy(keys_.begin(), keys_.end(), window.keys.data());
+    window.rows.Reserve(rows_ * kWindow, kHeadDim);
+    std::copy(keys_.begin(), keys_.end(), window.rows.at(0));
     for (int64_t r = 0; r < rows_; ++r) {
       sequences.push_back({r, 1, positions[r], nullptr, &host_pages_});
       const int64_t oldest = positions[r] - (kWindow - 1);
@@ -152,7 +152,7 @@ class CudaSparseAttention : public CudaTest {
   const ModelConfig config_ = Config();
   const CacheLayout layout_ = CacheLayout::Make(config_, Numerics::kRelease, false);
   ThreadPool pool_{2};
-  CpuOps ops_{config_, layout_, Rounding::All(), pool_};
+  CpuOps ops_{config_, layout_, Rounding::All(), pool_, /*tiles=*/false};
   Buffer<uint8_t> pages_{kPages * layout_.page_bytes};
   std::vector<uint8_t*> host_pages_;
   std::unique_ptr<DeviceArray<uint8_t>> device_pages_;

@@ -98,6 +98,34 @@ void ScaleWeightedV(const float* x, float scale, const float* w, int64_t n, bool
   });
 }
 
+void RotatePairsV(float* x, const float* cos, const float* sin, float sign, bool round) {
+  const D d;
+  for (int64_t i = 0; i < 32; i += kLanes) {
+    V a, b;
+    hn::LoadInterleaved2(d, x + 2 * i, a, b);
+    const V c = hn::LoadU(d, cos + i), s = hn::Mul(hn::LoadU(d, sin + i), hn::Set(d, sign));
+    // Products rounded on their own, as in the reference: near-ties decide BF16 values.
+    const V x0 = hn::Sub(hn::Mul(a, c), hn::Mul(b, s)), x1 = hn::Add(hn::Mul(a, s), hn::Mul(b, c));
+    hn::StoreInterleaved2(round ? RoundVector(x0) : x0, round ? RoundVector(x1) : x1, d, x + 2 * i);
+  }
+}
+
+void EncodeE4m3ValuesV(const float* x, int64_t n, uint8_t* codes) {
+  const D d;
+  const hn::Rebind<int32_t, D> di;
+  const hn::Rebind<uint8_t, D> d8;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const V v = hn::LoadU(d, x + i), magnitude = hn::Abs(v);
+    const auto sign = hn::And(hn::ShiftRight<24>(hn::BitCast(di, v)), hn::Set(di, 0x80));
+    const auto normal = hn::Sub(hn::ShiftRight<20>(hn::BitCast(di, magnitude)), hn::Set(di, (127 - 7) << 3));
+    const auto subnormal = hn::ConvertTo(di, hn::Mul(magnitude, hn::Set(d, 0x1p9f)));
+    const auto is_small = hn::RebindMask(di, hn::Lt(magnitude, hn::Set(d, 0x1p-6f)));
+    hn::StoreU(hn::DemoteTo(d8, hn::Or(sign, hn::IfThenElse(is_small, subnormal, normal))), d8, codes + i);
+  }
+  for (; i < n; ++i) codes[i] = EncodeE4m3(x[i]);
+}
+
 // kHeads queries against kKeys keys: one partial vector each, enough of them in flight to hide a multiply-add's
 // latency.
 template <int kHeads, int kKeys>
@@ -136,17 +164,50 @@ void DotHeadsV(const float* q, int heads, const float* const* keys, int num_keys
   for (; j < num_keys; ++j) DotKeys<1>(q, heads, keys + j, n, scale, logits + j, ld);
 }
 
-float ExpTileV(const float* logits, int n, float max, float* p) {
+// Sums of kHeads rows in ascending order: side by side, so that additions need not wait for each other.
+template <int kHeads>
+HWY_INLINE void SumRows(const float* HWY_RESTRICT rows, int64_t ld, int n, float* HWY_RESTRICT sum) {
+  float s[kHeads] = {};
+  for (int j = 0; j < n; ++j) {
+    for (int h = 0; h < kHeads; ++h) s[h] += rows[h * ld + j];
+  }
+  for (int h = 0; h < kHeads; ++h) sum[h] = s[h];
+}
+
+void SoftmaxV(float* logits, int64_t ld, int heads, int n, bool round, float* max, float* sum) {
+  const D d;
+  const V floor = hn::Set(d, -87.0f);
+  for (int h = 0; h < heads; ++h) {
+    float* row = logits + h * ld;
+    V best = hn::Set(d, row[0]);
+    ForVectors(n, [&](int64_t i, int64_t c) HWY_ATTR {
+      if (c == kLanes) {
+        best = hn::Max(best, hn::LoadU(d, row + i));
+      } else {
+        for (int64_t j = i; j < i + c; ++j) best = hn::Max(best, hn::Set(d, row[j]));
+      }
+    });
+    max[h] = hn::GetLane(hn::MaxOfLanes(d, best));
+    ForVectors(n, [&](int64_t i, int64_t c) HWY_ATTR {
+      const V x = hn::Sub(LoadSome(row + i, c), hn::Set(d, max[h]));
+      // Far below, Exp would meet -inf; its true value rounds to 0 there anyway.
+      const V e = hn::IfThenElseZero(hn::Gt(x, floor), hn::Exp(d, hn::Max(x, floor)));
+      StoreSome(e, row + i, c);
+    });
+  }
+  int h = 0;
+  for (; h + 4 <= heads; h += 4) SumRows<4>(logits + h * ld, ld, n, sum + h);
+  for (; h < heads; ++h) SumRows<1>(logits + h * ld, ld, n, sum + h);
+  if (!round) return;
+  for (h = 0; h < heads; ++h) RoundBf16V(logits + h * ld, n);
+}
+
+void DivideV(const float* x, float z, int64_t n, bool round, float* out) {
   const D d;
   ForVectors(n, [&](int64_t i, int64_t c) HWY_ATTR {
-    const V x = hn::Sub(LoadSome(logits + i, c), hn::Set(d, max));
-    // Far below, Exp would meet -inf; its true value rounds to 0 there anyway.
-    const V e = hn::IfThenElseZero(hn::Gt(x, hn::Set(d, -87.0f)), hn::Exp(d, hn::Max(x, hn::Set(d, -87.0f))));
-    StoreSome(e, p + i, c);
+    const V v = hn::Div(LoadSome(x + i, c), hn::Set(d, z));
+    StoreSome(round ? RoundVector(v) : v, out + i, c);
   });
-  float sum = 0;
-  for (int j = 0; j < n; ++j) sum += p[j];
-  return sum;
 }
 
 // Adds kKeys keys, in order, to kHeads sums that stay in memory: keys are read once, from start to end.
@@ -224,14 +285,16 @@ void LoadKvEntryV(const uint8_t* body, const uint8_t* scales, int64_t plain, int
   const hn::Rebind<int8_t, D> d8;
   const hn::Rebind<uint16_t, D> d16;
   const hn::Rebind<uint32_t, D> d32;
-  // The code's exponent field becomes F32's own, 2^120 too small; put back in two steps, since the scale may be large.
-  const V back = hn::Set(d, 0x1p120f);
   for (int64_t i = 0; i < plain; i += 64) {
-    const V factor = hn::Set(d, DecodeE8m0(scales[i / 64]));
+    // The code's exponent field becomes F32's own, 2^120 too small; put back in two steps where one would overflow.
+    const float scale = DecodeE8m0(scales[i / 64]);
+    const V back = hn::Set(d, 0x1p120f * std::min(scale, 128.0f)), rest = hn::Set(d, scale * 0x1p-7f);
     for (int64_t j = i; j < i + 64; j += kLanes) {
       const auto raw = hn::PromoteTo(di, hn::LoadU(d8, reinterpret_cast<const int8_t*>(body) + j));
       const auto bits = hn::And(hn::ShiftLeft<20>(raw), hn::Set(di, static_cast<int32_t>(0x87f00000u)));
-      hn::StoreU(hn::Mul(hn::Mul(hn::BitCast(d, bits), back), factor), d, out + j);
+      V value = hn::Mul(hn::BitCast(d, bits), back);
+      if (!(scale <= 128)) value = hn::Mul(value, rest);
+      hn::StoreU(value, d, out + j);
     }
   }
   const auto* tail = reinterpret_cast<const uint16_t*>(body + plain);
@@ -319,7 +382,10 @@ HWY_EXPORT(ScaleV);
 HWY_EXPORT(RoundBf16V);
 HWY_EXPORT(ScaleWeightedV);
 HWY_EXPORT(DotHeadsV);
-HWY_EXPORT(ExpTileV);
+HWY_EXPORT(RotatePairsV);
+HWY_EXPORT(EncodeE4m3ValuesV);
+HWY_EXPORT(SoftmaxV);
+HWY_EXPORT(DivideV);
 HWY_EXPORT(AccumulateValuesV);
 HWY_EXPORT(MixStreamsV);
 HWY_EXPORT(RecombineStreamsV);
@@ -337,7 +403,7 @@ std::string TargetName() {
 }
 
 // Raised whenever a change of the CPU kernels changes bits.
-constexpr int kCpuKernelRevision = 2;
+constexpr int kCpuKernelRevision = 3;
 
 std::string KernelSet() {
   return absl::StrCat("cpu/", TargetName(), AmxAvailable() ? "+amx" : "", "/", kCpuKernelRevision);
@@ -353,8 +419,17 @@ void DotHeads(const float* q, int heads, const float* const* keys, int num_keys,
               int64_t ld_logits) {
   HWY_DYNAMIC_DISPATCH(DotHeadsV)(q, heads, keys, num_keys, n, scale, logits, ld_logits);
 }
-float ExpTile(const float* logits, int n, float max, float* p) {
-  return HWY_DYNAMIC_DISPATCH(ExpTileV)(logits, n, max, p);
+void RotatePairs(float* x, const float* cos, const float* sin, float sign, bool round) {
+  HWY_DYNAMIC_DISPATCH(RotatePairsV)(x, cos, sin, sign, round);
+}
+void EncodeE4m3Values(const float* x, int64_t n, uint8_t* codes) {
+  HWY_DYNAMIC_DISPATCH(EncodeE4m3ValuesV)(x, n, codes);
+}
+void Softmax(float* logits, int64_t ld, int heads, int n, bool round, float* max, float* sum) {
+  HWY_DYNAMIC_DISPATCH(SoftmaxV)(logits, ld, heads, n, round, max, sum);
+}
+void Divide(const float* x, float z, int64_t n, bool round, float* out) {
+  HWY_DYNAMIC_DISPATCH(DivideV)(x, z, n, round, out);
 }
 void AccumulateValues(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys, int64_t dim,
                       float* o) {

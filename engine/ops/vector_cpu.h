@@ -10,7 +10,7 @@ namespace millrace::vec {
 
 // Name of the instruction set in use, e.g. "avx2".
 std::string TargetName();
-// "cpu/avx2/2", "cpu/avx3_dl+amx/2": target and revision of the CPU kernels, the part of a compatibility hash that says
+// "cpu/avx2/3", "cpu/avx3_dl+amx/3": target and revision of the CPU kernels, the part of a compatibility hash that says
 // which bits come out.
 std::string KernelSet();
 
@@ -22,12 +22,23 @@ void RoundBf16(float* y, int64_t n);
 // out = x * scale * w (w null: 1), rounded to BF16 if `round`; may alias.
 void ScaleWeighted(const float* x, float scale, const float* w, int64_t n, bool round, float* out);
 
+// 32 pairs x [64], rotated in place by the angles of cos and sin [32], or back where `sign` is -1; rounded to BF16 if
+// `round`.
+void RotatePairs(float* x, const float* cos, const float* sin, float sign, bool round);
+
+// E4M3 codes of E4M3 values.
+void EncodeE4m3Values(const float* x, int64_t n, uint8_t* codes);
+
 // logits[h * ld_logits + j] = scale * (q_h · keys[j]) for `heads` queries q [heads, n]; n a multiple of 16.
 void DotHeads(const float* q, int heads, const float* const* keys, int num_keys, int64_t n, float scale, float* logits,
               int64_t ld_logits);
 
-// One softmax tile: p[j] = exp(logits[j] - max), returns their sum in ascending order; masked lanes (-inf) give 0.
-float ExpTile(const float* logits, int n, float max, float* p);
+// Per head h: max[h] of the n logits [heads, ld], which become exp(logit - max), and sum[h] of these in ascending
+// order; then they are rounded to BF16 if `round`.
+void Softmax(float* logits, int64_t ld, int heads, int n, bool round, float* max, float* sum);
+
+// out = x / z, rounded to BF16 if `round`.
+void Divide(const float* x, float z, int64_t n, bool round, float* out);
 
 // o[h] += sum_j p[h * ld_p + j] * keys[j], j ascending; o [heads, dim], dim a multiple of 32.
 void AccumulateValues(const float* p, int64_t ld_p, int heads, const float* const* keys, int num_keys, int64_t dim,
