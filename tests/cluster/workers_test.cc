@@ -233,7 +233,7 @@ class Cluster {
   }
   grpc::Status Reserve(const v1::ReserveRequest& request, v1::ReserveResponse* response) {
     grpc::ClientContext context;
-    return v1::Handoff::NewStub(channels.Get(decode->address()))->Reserve(&context, request, response);
+    return v1::Handoff::NewStub(channels.Get(decode->address(), PeerRole::kDecode))->Reserve(&context, request, response);
   }
   v1::PrefillRequest MakePrefill(const std::string& id, const std::vector<int32_t>& prompt,
                                  const v1::GenerationSpec& spec, const v1::ReserveResponse& reserved) {
@@ -252,7 +252,7 @@ class Cluster {
   }
   grpc::Status Prefill(const v1::PrefillRequest& request, std::vector<v1::Token>* tokens) {
     grpc::ClientContext context;
-    const auto stub = v1::Prefill::NewStub(channels.Get(prefill->address()));
+    const auto stub = v1::Prefill::NewStub(channels.Get(prefill->address(), PeerRole::kPrefill));
     const auto stream = stub->Prefill(&context, request);
     v1::PrefillEvent event;
     while (stream->Read(&event)) {
@@ -273,7 +273,7 @@ class Cluster {
       grpc::ClientContext context;
       v1::DecodeRequest request;
       *request.mutable_lease() = reserved.lease();
-      const auto stub = v1::Decode::NewStub(channels.Get(decode->address()));
+      const auto stub = v1::Decode::NewStub(channels.Get(decode->address(), PeerRole::kDecode));
       const auto stream = stub->Decode(&context, request);
       v1::DecodeEvent event;
       while (stream->Read(&event)) {
@@ -393,7 +393,7 @@ TEST_F(Workers, BadRequestsAreRefusedByTheNameOfTheField) {
               HasSubstr("transfer_address"));
 
   // Leases of somebody else, and of nobody.
-  const auto stub = v1::Handoff::NewStub(cluster.channels.Get(cluster.decode->address()));
+  const auto stub = v1::Handoff::NewStub(cluster.channels.Get(cluster.decode->address(), PeerRole::kDecode));
   const auto renew = [&](v1::LeaseRef lease) {
     grpc::ClientContext context;
     v1::RenewRequest request;
