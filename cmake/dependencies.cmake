@@ -38,6 +38,12 @@ if(MILLRACE_WERROR)
   target_compile_options(millrace_warnings INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
 
+# For libraries that read others' bytes. Kernels have no use for canaries. Release only: fortified functions need an
+# optimiser, and sanitizers bring checks of their own.
+add_library(millrace_hardened INTERFACE)
+target_compile_options(millrace_hardened INTERFACE
+  $<$<AND:$<CONFIG:Release>,$<COMPILE_LANGUAGE:CXX>>:-U_FORTIFY_SOURCE;-D_FORTIFY_SOURCE=3;-fstack-protector-strong>)
+
 # millrace_library(NAME SOURCES... DEPS...): one static library of one folder.
 function(millrace_library name)
   cmake_parse_arguments(ARG "" "" "SOURCES;DEPS;PRIVATE_DEPS" ${ARGN})

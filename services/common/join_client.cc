@@ -197,11 +197,14 @@ void JoinClient::Run() {
   }
 }
 
-// Each reason once: a certificate that is refused is refused again at every attempt.
+// Each reason once: a certificate that is refused is refused again at every attempt. A router that is not there yet is
+// no cause for alarm.
 void JoinClient::LogEnd(const grpc::Status& status) {
   if (status.ok() || status.error_code() == grpc::StatusCode::CANCELLED || status.error_message() == last_end_) return;
   last_end_ = status.error_message();
-  spdlog::warn("the stream to the router at {} ended: {}", options_.router_address, last_end_);
+  const bool nobody = status.error_code() == grpc::StatusCode::UNAVAILABLE;
+  spdlog::log(nobody ? spdlog::level::info : spdlog::level::warn, "the stream to the router at {} ended: {}",
+              options_.router_address, last_end_);
 }
 
 void JoinClient::ServeStream(Stream& stream) {
