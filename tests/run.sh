@@ -56,6 +56,7 @@ main() {
   if [[ $preset == release ]]; then
     chart_tools "$tools"
     chart_tools prometheus
+    chart_tools collector
     # What needs a card is tests/gpu.sh's.
     labels=(-LE "gpu${slow:+|$slow}${kubernetes:+|$kubernetes}")
   fi

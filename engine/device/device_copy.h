@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bytes between device memory and the host, for whoever carries cache extents (engine.h, CacheExtent).
+// Bytes between device memory and the host, for whoever carries cache extents (engine.h, CacheExtent), and how much
+// there is.
 //
 // In every build; without CUDA there is no device memory to name, and each call says so. A copy is complete when the
 // call returns, and ordered against the engine by the caller: extents are read after Forward returned, and written
@@ -7,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "absl/status/status.h"
 
@@ -16,5 +18,12 @@ namespace millrace {
 absl::Status CopyFromDevice(void* host, const void* device, int64_t bytes);
 absl::Status CopyToDevice(void* device, const void* host, int64_t bytes);
 absl::Status CopyOnDevice(void* to, const void* from, int64_t bytes);
+
+// Of the card that this process uses: free, and in all. Nothing in a build without CUDA, or when the runtime refuses.
+// Asking makes a context where there is none, so ask only where the engine runs on a card.
+struct DeviceMemoryBytes {
+  int64_t free = 0, total = 0;
+};
+std::optional<DeviceMemoryBytes> DeviceMemory();
 
 }  // namespace millrace

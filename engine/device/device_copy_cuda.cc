@@ -111,4 +111,10 @@ absl::Status CopyOnDevice(void* to, const void* from, int64_t bytes) {
   return ToStatus(error, "copy on the device");
 }
 
+std::optional<DeviceMemoryBytes> DeviceMemory() {
+  size_t free = 0, total = 0;
+  if (cudaMemGetInfo(&free, &total) != cudaSuccess) return std::nullopt;
+  return DeviceMemoryBytes{static_cast<int64_t>(free), static_cast<int64_t>(total)};
+}
+
 }  // namespace millrace

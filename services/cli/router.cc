@@ -36,7 +36,8 @@ int RunRouter(Arguments arguments) {
   }
   static StopSignal stop;  // lives as long as the process, as its handler thread does
   stop.InstallHandlers();
-  SetUpLogging(name, config->router().log_level());
+  SetUpLogging(
+      {.role = "router", .name = name, .level = config->router().log_level(), .format = config->router().log_format()});
 
   auto process = router::RouterProcess::Start(*config);
   if (!process.ok()) {

@@ -94,7 +94,10 @@ int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
   }
   static StopSignal stop;  // lives as long as the process, as its handler thread does
   stop.InstallHandlers();
-  SetUpLogging(config->worker().name(), config->worker().log_level());
+  SetUpLogging({.role = role.command,
+                .name = config->worker().name(),
+                .level = config->worker().log_level(),
+                .format = config->worker().log_format()});
 
   prometheus::Registry registry;
   const auto metrics = ServeMetrics(config->worker().operator_listen(), registry);

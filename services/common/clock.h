@@ -12,9 +12,11 @@
 
 namespace millrace {
 
-inline absl::Time MonotonicNow() {
-  return absl::UnixEpoch() + absl::FromChrono(std::chrono::steady_clock::now().time_since_epoch());
+inline absl::Time FromSteady(std::chrono::steady_clock::time_point time) {
+  return absl::UnixEpoch() + absl::FromChrono(time.time_since_epoch());
 }
+
+inline absl::Time MonotonicNow() { return FromSteady(std::chrono::steady_clock::now()); }
 
 inline int64_t ToMicros(absl::Time time) {
   // InfiniteFuture stays later than everything.

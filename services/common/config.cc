@@ -73,6 +73,15 @@ bool ValidName(absl::string_view name) {
   });
 }
 
+// The two keys that every role has.
+template <typename Section>
+absl::Status CompleteLog(const std::string& path, Section& section) {
+  if (section.log_level().empty()) section.set_log_level("info");
+  RETURN_IF_ERROR(OneOf(path + ".log_level", section.log_level(), {"debug", "info", "warn", "error"}));
+  if (section.log_format().empty()) return absl::OkStatus();  // chosen by where the log goes
+  return OneOf(path + ".log_format", section.log_format(), {"json", "text"});
+}
+
 absl::Status CompleteModel(v1::ModelSection& model, const std::string& base_dir) {
   if (model.path().empty()) return Bad("model.path", "nothing", "the folder of a checkpoint");
   std::filesystem::path path(model.path());
@@ -116,8 +125,7 @@ absl::Status CompleteRouter(v1::RouterSection& router) {
                "none, since no port checks keys and one that nobody checks would look like a lock; put a proxy that "
                "authenticates in front");
   }
-  if (router.log_level().empty()) router.set_log_level("info");
-  return OneOf("router.log_level", router.log_level(), {"debug", "info", "warn", "error"});
+  return CompleteLog("router", router);
 }
 
 absl::Status CompleteWorker(const std::string& path, const std::string& default_name, v1::WorkerSection& worker,
@@ -131,8 +139,7 @@ absl::Status CompleteWorker(const std::string& path, const std::string& default_
   NUMBER(path, worker, threads, 1, 1, 1024);
   if (worker.operator_listen().empty()) worker.set_operator_listen("off");
   RETURN_IF_ERROR(CheckAddress(path + ".operator_listen", worker.operator_listen(), true, true));
-  if (worker.log_level().empty()) worker.set_log_level("info");
-  return OneOf(path + ".log_level", worker.log_level(), {"debug", "info", "warn", "error"});
+  return CompleteLog(path, worker);
 }
 
 absl::Status CompleteRoles(v1::ClusterConfig& config) {
@@ -187,6 +194,20 @@ absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerS
   return absl::OkStatus();
 }
 
+absl::Status CompleteObservability(v1::MetricsSection& metrics, v1::TracingSection& tracing) {
+  for (const std::string& set : metrics.compatibility()) {
+    RETURN_IF_ERROR(OneOf("metrics.compatibility", set, {"vllm", "sglang", "gateway"}));
+  }
+  if (!tracing.otlp_endpoint().empty()) {
+    RETURN_IF_ERROR(CheckAddress("tracing.otlp_endpoint", tracing.otlp_endpoint(), false, false));
+  }
+  if (!(tracing.sample_ratio() >= 0 && tracing.sample_ratio() <= 1)) {
+    return Bad("tracing.sample_ratio", absl::StrCat(tracing.sample_ratio()), "0 to 1");
+  }
+  NUMBER("tracing", tracing, max_queued_spans, 4096, 1, 1u << 20);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<v1::ClusterConfig> LoadClusterConfig(const std::string& path) {
@@ -214,6 +235,7 @@ absl::StatusOr<v1::ClusterConfig> ParseClusterConfig(std::string_view json, cons
   RETURN_IF_ERROR(CompleteRouter(*config.mutable_router()));
   RETURN_IF_ERROR(CompleteRoles(config));
   RETURN_IF_ERROR(CompleteTransferAndTimers(*config.mutable_transfer(), *config.mutable_timers()));
+  RETURN_IF_ERROR(CompleteObservability(*config.mutable_metrics(), *config.mutable_tracing()));
   return config;
 }
 

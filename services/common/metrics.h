@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Metric names, buckets and the text format; one registry per process, owned by its main.
+// Buckets, the text format, and what the HTTP front counts; one registry per process, owned by its main. Names and
+// meanings are metric_catalogue.h; what a worker counts is worker_metrics.h, what the router's flow counts
+// router/router_metrics.h.
 //
-// Base units, prefix millrace_, few labels: a label takes values from a fixed set (routes, codes, reasons), never from
-// a client. Prometheus' types are thread-safe, and so is everything here.
+// Prometheus' types are thread-safe, and so is everything here.
 #pragma once
 
 #include <prometheus/counter.h>
@@ -12,6 +13,9 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
+
+#include "services/common/metric_catalogue.h"
 
 namespace millrace {
 
@@ -21,9 +25,28 @@ prometheus::Histogram::BucketBoundaries TimeToFirstTokenBuckets();
 prometheus::Histogram::BucketBoundaries InterTokenBuckets();
 // Tokens: 1-2-5 up to a million.
 prometheus::Histogram::BucketBoundaries TokenCountBuckets();
+// Parts of a request inside the cluster: from a tenth of a millisecond on a demo to minutes on a full queue.
+prometheus::Histogram::BucketBoundaries PhaseBuckets();
+// Decisions of microseconds.
+prometheus::Histogram::BucketBoundaries DecisionBuckets();
 
-// The registry in Prometheus' text format, version 0.0.4.
-std::string RenderMetrics(const prometheus::Registry& registry);
+// Raises a counter to a total that something else has counted; a total that is lower changes nothing.
+inline void RaiseTo(prometheus::Counter& counter, double total) {
+  if (const double value = counter.Value(); total > value) counter.Increment(total - value);
+}
+
+extern const char* const kVersion;  // of this program
+
+// What every process says of itself beside process_*. Once, at start.
+void SetBuildInfo(prometheus::Registry& registry);
+struct ModelInfo {
+  std::string role, model, device, numerics, kernel_set, compat_hash;  // empty: not applicable
+};
+void SetModelInfo(prometheus::Registry& registry, const ModelInfo& info);
+
+// The registry and process_* in Prometheus' text format, version 0.0.4. `compatibility` are sets of names of other
+// servers that are added (metric_aliases.h).
+std::string RenderMetrics(const prometheus::Registry& registry, const std::vector<std::string>& compatibility = {});
 inline constexpr std::string_view kMetricsContentType = "text/plain; version=0.0.4; charset=utf-8";
 
 // What the HTTP front counts.
@@ -40,6 +63,10 @@ class HttpMetrics {
   void ObserveDuration(int code, double seconds);
   void ObserveTimeToFirstToken(double seconds) { time_to_first_token_.Observe(seconds); }
   void ObserveInterToken(double seconds) { inter_token_.Observe(seconds); }
+  // Of a choice with at least two tokens, from its first to its last.
+  void ObserveTimePerOutputToken(double seconds) { time_per_output_token_.Observe(seconds); }
+  // A 429 that the front answered itself, without asking the flow, which counts its own.
+  void CountRefusal(std::string_view code) { refusals_.Add({{"code", std::string(code)}}).Increment(); }
   void ObservePromptTokens(int64_t tokens);      // of a request
   void ObserveCompletionTokens(int64_t tokens);  // of a choice
   void CountUnreadableToolCall() { unreadable_tool_calls_.Increment(); }
@@ -52,9 +79,11 @@ class HttpMetrics {
   const std::string model_;
   prometheus::Family<prometheus::Counter>& requests_;
   prometheus::Family<prometheus::Counter>& connections_refused_;
+  prometheus::Family<prometheus::Counter>& refusals_;
   prometheus::Family<prometheus::Histogram>& duration_;
   prometheus::Histogram& time_to_first_token_;
   prometheus::Histogram& inter_token_;
+  prometheus::Histogram& time_per_output_token_;
   prometheus::Histogram& prompt_tokens_;
   prometheus::Histogram& generation_tokens_;
   prometheus::Counter& prompt_tokens_total_;

@@ -140,6 +140,19 @@ void RequestTrace::End(uint64_t span, absl::Time at, absl::StatusCode code,
   record->numbers.insert(record->numbers.end(), numbers.begin(), numbers.end());
 }
 
+void RequestTrace::EndWithin(uint64_t span, absl::Time at, absl::StatusCode code,
+                             std::vector<std::pair<const char*, int64_t>> numbers) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (PhaseRecord& record : phases_) {
+      if (closed_ || record.parent != span || !record.open()) continue;
+      record.end = std::max(at, record.begin);
+      record.code = code;
+    }
+  }
+  End(span, at, code, std::move(numbers));
+}
+
 void RequestTrace::AddNumber(uint64_t span, const char* name, int64_t value) {
   std::lock_guard<std::mutex> lock(mutex_);
   PhaseRecord* const record = Find(span);

@@ -96,7 +96,7 @@ class RequestTrace {
     int32_t choice = 0;
     uint32_t attempt = 0;
     std::string worker;
-    uint64_t parent = 0;  // a span of this record; 0: the root
+    uint64_t parent = 0;  // a span of this record, or of another process' record of this trace; 0: the root
   };
   // Returns the span's id, never 0. Past kMaxPhases nothing is kept but the count.
   uint64_t Begin(Phase phase, absl::Time at, Where where);
@@ -104,6 +104,9 @@ class RequestTrace {
   // Ends a phase, once; later calls and unknown ids do nothing.
   void End(uint64_t span, absl::Time at, absl::StatusCode code = absl::StatusCode::kOk,
            std::vector<std::pair<const char*, int64_t>> numbers = {});
+  // Ends a phase and what is still open directly below it.
+  void EndWithin(uint64_t span, absl::Time at, absl::StatusCode code,
+                 std::vector<std::pair<const char*, int64_t>> numbers = {});
   void AddNumber(uint64_t span, const char* name, int64_t value);  // 0: the root
   // The end of the request: what is open ends with it, by the same code. Once.
   void Close(absl::Time at, absl::StatusCode code, int32_t http_status = 0);

@@ -10,6 +10,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "engine/device/device_copy.h"
 #include "engine/status.h"
 #include "kvtransfer/staged_transport.h"
 #include "kvtransfer/ucx_transport.h"
@@ -17,8 +18,8 @@
 #include "services/common/clock.h"
 #include "services/common/failpoints.h"
 #include "services/common/generation_spec.h"
+#include "services/common/metrics.h"
 #include "services/common/model_notice.h"
-#include "services/common/software.h"
 #include "spdlog/spdlog.h"
 
 namespace millrace {
@@ -48,11 +49,31 @@ WorkerCore::WorkerCore(WorkerConfig config, WorkerEnvironment environment)
       environment_(std::move(environment)),
       incarnation_(IncarnationId::Random()),
       own_registry_(environment_.registry == nullptr ? std::make_unique<prometheus::Registry>() : nullptr),
-      metrics_(environment_.registry == nullptr ? *own_registry_ : *environment_.registry, RoleWord(config_.role),
+      metrics_(environment_.registry == nullptr ? *own_registry_ : *environment_.registry, config_.role,
                config_.worker().name()),
-      last_progress_(MonotonicNow()) {}
+      last_progress_(MonotonicNow()) {
+  SetBuildInfo(registry());
+  OpenTraces();
+}
 
 WorkerCore::~WorkerCore() { Shutdown(); }
+
+// Whether a request is recorded was decided where it came in; nobody asks a worker for what has ended.
+void WorkerCore::OpenTraces() {
+  TraceLogOptions options;
+  options.max_closed = 0;
+  if (const v1::TracingSection& section = config_.cluster.tracing(); !section.otlp_endpoint().empty()) {
+    TraceExporterOptions exporter;
+    exporter.endpoint = section.otlp_endpoint();
+    exporter.max_queued_spans = section.max_queued_spans();
+    exporter.role = RoleWord(config_.role);
+    exporter.instance = config_.worker().name();
+    exporter.version = kVersion;
+    exporter_.emplace(std::move(exporter), &registry());
+    options.on_sampled = [this](const TraceView& view) { exporter_->Export(view); };
+  }
+  traces_.emplace(std::move(options));
+}
 
 absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services,
                                      std::vector<std::string> service_names) {
@@ -74,7 +95,7 @@ absl::Status WorkerCore::StartServer(const std::vector<grpc::Service*>& services
   incarnation_.To(options.hello.mutable_incarnation());
   options.hello.set_wire_version(kWireVersion);
   options.hello.set_control_address(address_);
-  options.hello.set_software(kSoftware);
+  options.hello.set_software(absl::StrCat("millrace ", kVersion));
   JoinCallbacks callbacks;
   callbacks.fill_status = [this](v1::WorkerStatus& status) { FillStatus(status); };
   callbacks.on_router = [this](const IncarnationId& router) {
@@ -180,6 +201,12 @@ void WorkerCore::ReportProgress(int64_t done, int64_t total) {
 void WorkerCore::SetReady(WorkerHooks hooks, v1::WorkerReady ready) {
   startup_.reset();
   ready.set_model_id(config_.cluster.model().id());
+  SetModelInfo(registry(), {.role = RoleWord(config_.role),
+                            .model = ready.model_id(),
+                            .device = config_.cluster.model().device(),
+                            .numerics = ready.numerics(),
+                            .kernel_set = ready.kernel_set(),
+                            .compat_hash = ready.compat_hash()});
   if (transport_ != nullptr) ready.set_transfer_address(transport_->address());
   {
     std::lock_guard<std::mutex> lock(hooks_mutex_);
@@ -214,6 +241,15 @@ void WorkerCore::FillStatus(v1::WorkerStatus& status) {
     status.set_detail(std::string(waiting.message()));
   }
   CheckProgress(status);
+  PublishMetrics();
+}
+
+// What others count is copied to /metrics at each heartbeat.
+void WorkerCore::PublishMetrics() {
+  if (!ready_.load()) return;  // the transport may not be there yet
+  if (transport_ != nullptr) metrics_.SetTransport(transport_->statistics());
+  if (config_.role == v1::ROLE_EXPERT || config_.cluster.model().device() != "cuda") return;
+  if (const auto memory = DeviceMemory(); memory.has_value()) metrics_.SetDeviceMemory(memory->free, memory->total);
 }
 
 void WorkerCore::CheckProgress(const v1::WorkerStatus& status) {

@@ -26,8 +26,10 @@
 #include "services/common/drain.h"
 #include "services/common/incarnation.h"
 #include "services/common/join_client.h"
+#include "services/common/request_trace.h"
 #include "services/common/rpc.h"
 #include "services/common/startup_watch.h"
+#include "services/common/trace_export.h"
 #include "services/common/worker_metrics.h"
 
 namespace millrace {
@@ -86,9 +88,13 @@ class WorkerCore {
   kvtransfer::Transport& transport() { return *transport_; }
   ChannelPool& channels() { return channels_; }
   WorkerMetrics& metrics() { return metrics_; }
+  TraceLog& traces() { return *traces_; }
 
  private:
   void StageDeviceMemory();
+  prometheus::Registry& registry() { return own_registry_ ? *own_registry_ : *environment_.registry; }
+  void PublishMetrics();
+  void OpenTraces();
   void FillStatus(v1::WorkerStatus& status);
   void CheckProgress(const v1::WorkerStatus& status);
   std::string AdvertisedAddress() const;
@@ -98,6 +104,8 @@ class WorkerCore {
   const IncarnationId incarnation_;
   std::unique_ptr<prometheus::Registry> own_registry_;
   WorkerMetrics metrics_;
+  std::optional<TraceExporter> exporter_;  // where the configuration names a collector
+  std::optional<TraceLog> traces_;
   ChannelPool channels_;
   std::string address_;
   std::optional<StartupWatch> startup_;  // until SetReady

@@ -7,8 +7,10 @@
 #include "absl/strings/str_format.h"
 #include "engine/status.h"
 #include "services/common/cache_extents.h"
+#include "services/common/clock.h"
 #include "services/common/failpoints.h"
 #include "services/decode/decode_loop.h"
+#include "spdlog/spdlog.h"
 
 namespace millrace::decode {
 namespace {
@@ -64,6 +66,13 @@ absl::StatusOr<v1::ReserveResponse> DecodeLoop::DoReserve(const v1::ReserveReque
   response.set_transfer_address(options_.transfer_address);
   response.set_ttl_ms(static_cast<uint32_t>(absl::ToInt64Milliseconds(LeaseTtl(request.ttl_ms()))));
   lease_of_request_[{lease.request_id, lease.spec.choice()}] = lease.id;
+  if (metrics_ != nullptr) metrics_->CountLease(lease.epoch);
+  if (options_.traces != nullptr && !request.traceparent().empty()) {
+    lease.trace = options_.traces->Begin(lease.request_id, "decode worker", request.traceparent(), now);
+    lease.receive_span = lease.trace->Begin(Phase::kReceive, now);
+  }
+  const LogScope about = About(lease);
+  spdlog::debug("{} granted: {} prompt tokens", LeaseName(lease), lease.prompt_tokens);
   leases_.emplace(lease.id, std::move(lease));
   live_leases_.store(static_cast<int>(leases_.size()));
   return response;
@@ -133,6 +142,12 @@ void DecodeLoop::DoCommit(const v1::CommitRequest& request, CommitDone done, abs
   }
   if (lease.commit.has_value()) lease.commit->done(absl::AbortedError("another commit of this lease has come"));
   commit.manifest = *std::move(manifest);
+  commit.came = now;
+  if (lease.trace != nullptr) {
+    lease.trace->End(lease.receive_span, now);
+    const auto call = TraceContext::Parse(request.traceparent());
+    lease.verify_span = lease.trace->Begin(Phase::kVerify, now, {.parent = call.has_value() ? call->span : 0});
+  }
   commit.give_up = now + options_.arrival_grace;
   commit.done = std::move(done);
   lease.commit = std::move(commit);
@@ -193,6 +208,15 @@ void DecodeLoop::PollCommit(Lease& lease, absl::Time now) {
 absl::StatusOr<v1::CommitResponse> DecodeLoop::FinishCommit(Lease& lease, const PendingCommit& commit) {
   ASSIGN_OR_RETURN(const kvtransfer::VerifyResult verified, receiver_.Verify(commit.manifest));
   v1::CommitResponse response;
+  if (lease.trace != nullptr) {
+    const absl::Time now = MonotonicNow();
+    lease.trace->End(lease.verify_span, now, absl::StatusCode::kOk,
+                     {{"extents", static_cast<int64_t>(commit.manifest.extents.size())},
+                      {"resend", static_cast<int64_t>(verified.resend.size())}});
+    (verified.complete ? lease.decode_span : lease.receive_span) =
+        lease.trace->Begin(verified.complete ? Phase::kDecode : Phase::kReceive, now,
+                           {.parent = verified.complete ? lease.decode_parent : 0});
+  }
   if (!verified.complete) {
     response.set_outcome(v1::COMMIT_OUTCOME_RESEND);
     response.mutable_resend()->Add(verified.resend.begin(), verified.resend.end());
@@ -209,6 +233,7 @@ absl::StatusOr<v1::CommitResponse> DecodeLoop::FinishCommit(Lease& lease, const 
     uint64_t bytes = 0;
     for (const kvtransfer::ManifestExtent& extent : commit.manifest.extents) bytes += extent.bytes;
     metrics_->CountTransfer(bytes);
+    metrics_->ObserveHandoffPhase("verify", absl::ToDoubleSeconds(MonotonicNow() - commit.came));
   }
   RETURN_IF_ERROR(failpoints::Hit("d.after_commit"));
   response.set_outcome(v1::COMMIT_OUTCOME_COMPLETE);
@@ -221,6 +246,12 @@ void DecodeLoop::End(Lease& lease, const absl::Status& why) {
   if (lease.ending) return;
   lease.ending = true;
   if (metrics_ != nullptr) metrics_->CountOutcome(why.code());
+  const LogScope about = About(lease);
+  spdlog::debug("{} ends: {}", LeaseName(lease), why.ToString());
+  if (lease.trace != nullptr) {
+    lease.trace->AddNumber(lease.decode_span, "tokens", static_cast<int64_t>(lease.draw->total_tokens()));
+    lease.trace->Close(MonotonicNow(), why.code());
+  }
   if (lease.commit.has_value()) std::exchange(lease.commit, std::nullopt)->done(why);
   if (lease.sink != nullptr) std::exchange(lease.sink, nullptr)->OnError(why);
   // The callback may run on the transport's thread, now or up to the fence's grace later.

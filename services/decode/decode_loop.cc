@@ -3,6 +3,7 @@
 #include "services/decode/decode_loop.h"
 
 #include <algorithm>
+#include <array>
 
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
@@ -98,14 +99,15 @@ void DecodeLoop::Release(v1::LeaseRef ref, absl::AnyInvocable<void(absl::Status)
   });
 }
 
-void DecodeLoop::Attach(v1::LeaseRef ref, std::shared_ptr<TokenSink> sink) {
-  Command command = [this, ref = std::move(ref), sink](absl::Time) {
+void DecodeLoop::Attach(v1::LeaseRef ref, std::shared_ptr<TokenSink> sink, std::string traceparent) {
+  Command command = [this, ref = std::move(ref), sink, traceparent = std::move(traceparent)](absl::Time) {
     auto lease = Find(ref);
     if (!lease.ok()) return sink->OnError(lease.status());
     if ((*lease)->sink != nullptr) {
       return sink->OnError(absl::AlreadyExistsError(absl::StrCat(LeaseName(**lease), " has a token stream already")));
     }
     (*lease)->sink = sink;
+    if (const auto call = TraceContext::Parse(traceparent)) (*lease)->decode_parent = call->span;
   };
   if (!commands_->TryPush(command)) {
     sink->OnError(absl::ResourceExhaustedError("the decode worker's command queue is full or closed"));
@@ -256,19 +258,37 @@ void DecodeLoop::DeliverToken(Lease& lease, const ChunkOutput& output) {
 
 void DecodeLoop::Publish() {
   const CacheUsage usage = engine_.Usage();
-  int running = 0, leased = 0;
+  LeaseCounts counts;
+  std::array<int, kWaitReasons> waiting{};
   for (const auto& [id, lease] : leases_) {
-    const bool committed = lease.phase == v1::LEASE_PHASE_COMMITTED || lease.phase == v1::LEASE_PHASE_RUNNING;
-    ++(committed && !lease.ending ? running : leased);
+    if (lease.ending) {
+      ++counts.ending;
+    } else if (lease.phase == v1::LEASE_PHASE_RECEIVING) {
+      ++counts.receiving;
+      ++waiting[static_cast<size_t>(WaitReason::kHandoff)];
+    } else {
+      ++(lease.phase == v1::LEASE_PHASE_RUNNING ? counts.running : counts.committed);
+      if (lease.sink == nullptr) {
+        ++waiting[static_cast<size_t>(WaitReason::kStream)];
+      } else if (lease.sink->Congested()) {
+        ++waiting[static_cast<size_t>(WaitReason::kReader)];
+      } else if (lease.last_step + 1 < step_count_) {  // it could have moved, and the last passes were full without it
+        ++waiting[static_cast<size_t>(WaitReason::kBatch)];
+      }
+    }
   }
+  const int running = counts.committed + counts.running;
   std::lock_guard<std::mutex> lock(status_mutex_);
   published_.set_running(running);
-  published_.set_leased(leased);
+  published_.set_leased(counts.receiving + counts.ending);
   published_.set_pages_free(usage.pages_free);
   published_.set_slots_free(usage.slots_free);
   published_.set_work_pending(running > 0);
   if (metrics_ == nullptr) return;
+  metrics_->queued().Set(counts.receiving);
   metrics_->running().Set(running);
+  metrics_->SetLeases(counts);
+  metrics_->SetWaiting(waiting);
   metrics_->SetPages(usage.pages_free, usage.pages_owned);
   metrics_->SetSlots(usage.slots_free, usage.slots_total);
 }

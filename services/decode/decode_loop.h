@@ -42,6 +42,7 @@ struct DecodeLoopOptions {
   absl::Duration arrival_grace = absl::Milliseconds(200);
   // Called on the engine thread before a reservation: OK, or why no request can be taken (expert pool not complete).
   std::function<absl::Status()> ready;
+  TraceLog* traces = nullptr;  // must outlive the loop; null: nothing is recorded
 };
 
 class DecodeLoop {
@@ -55,8 +56,9 @@ class DecodeLoop {
   void Commit(v1::CommitRequest request, CommitDone done);
   void Abort(v1::AbortLeaseRequest request, AbortDone done);  // answered when the memory is back
   void Release(v1::LeaseRef lease, absl::AnyInvocable<void(absl::Status)> done);
-  void Attach(v1::LeaseRef lease, std::shared_ptr<TokenSink> sink);  // refusals go to the sink
-  void Detach(uint64_t lease_id, const TokenSink* sink);             // its stream is gone: the lease ends
+  // Refusals go to the sink. `traceparent`: of the router's call, what the tokens' span belongs to.
+  void Attach(v1::LeaseRef lease, std::shared_ptr<TokenSink> sink, std::string traceparent = "");
+  void Detach(uint64_t lease_id, const TokenSink* sink);  // its stream is gone: the lease ends
 
   // Ends every lease of routers other than `router`; an empty one: of all routers.
   void KeepOnlyRouter(IncarnationId router, std::string why);

@@ -161,7 +161,7 @@ grpc::ServerWriteReactor<v1::DecodeEvent>* DecodeService::Decode(grpc::CallbackS
   if (!bad.ok()) {
     stream->Close(bad);
   } else {
-    loop->Attach(request->lease(), stream);
+    loop->Attach(request->lease(), stream, request->traceparent());
   }
   return stream.get();
 }

@@ -40,12 +40,17 @@ absl::Status DecodeWorker::Load() {
   options.compat_hash = host_->compat_hash();
   options.transfer_address = core_.transport().address();
   options.ready = [this] { return host_->Ready(); };
+  options.traces = &core_.traces();
   loop_ = std::make_unique<DecodeLoop>(host_->engine(), *receiver_, std::move(options), &core_.metrics());
   handoff_service_.Serve(loop_.get(), host_->limits(), core_.incarnation());
   decode_service_.Serve(loop_.get(), core_.incarnation());
 
   WorkerHooks hooks;
-  hooks.fill_status = [this](v1::WorkerStatus& status) { loop_->FillStatus(status); };
+  hooks.fill_status = [this](v1::WorkerStatus& status) {
+    loop_->FillStatus(status);
+    host_->PublishMetrics(core_.metrics());
+    core_.metrics().SetReceiver(receiver_->statistics());
+  };
   hooks.ready = [this] { return host_->Ready(); };
   hooks.on_peers = [this](const v1::PeerList& peers) { host_->SetPeers(peers); };
   hooks.on_new_router = [this](const IncarnationId& router) {

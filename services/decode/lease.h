@@ -26,6 +26,8 @@
 #include "millrace/v1/handoff.pb.h"
 #include "services/common/generation_spec.h"
 #include "services/common/incarnation.h"
+#include "services/common/log_scope.h"
+#include "services/common/request_trace.h"
 
 namespace millrace::decode {
 
@@ -48,6 +50,7 @@ using AbortDone = absl::AnyInvocable<void(absl::StatusOr<v1::AbortLeaseResponse>
 struct PendingCommit {
   kvtransfer::Manifest manifest;
   v1::HandoffState state;
+  absl::Time came;            // when the manifest did
   absl::Time give_up;         // then the extents still missing are asked for again
   uint64_t extents_seen = 0;  // arrivals push give_up back
   CommitDone done;
@@ -73,11 +76,19 @@ struct Lease {
   std::optional<PendingCommit> commit;
   std::optional<uint64_t> committed_digest;  // of the manifest that was verified
   std::vector<AbortDone> on_gone;
+  std::shared_ptr<RequestTrace> trace;  // null: the request is not traced
+  uint64_t receive_span = 0, verify_span = 0, decode_span = 0;
+  uint64_t decode_parent = 0;  // the router's span; 0 until its stream is here
 };
 
 // For messages: which lease, and whose.
 inline std::string LeaseName(const Lease& lease) {
   return absl::StrFormat("lease %x (request %s, attempt %d)", lease.id, lease.request_id, lease.attempt);
+}
+
+// For the log: whose lines follow.
+inline LogScope About(const Lease& lease) {
+  return LogScope(ClientRequestId(lease.request_id), lease.trace == nullptr ? "" : lease.trace->trace_id());
 }
 
 // The time a caller gets for what it asks: [1 s, 60 s], 10 s if it does not say.

@@ -74,6 +74,18 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
   return host;
 }
 
+void EngineHost::PublishMetrics(WorkerMetrics& metrics) const {
+  if (remote_ == nullptr) return;
+  const RemoteExpertsStatistics statistics = remote_->statistics();
+  metrics.SetExchange({.batches = statistics.batches,
+                       .failed_batches = statistics.failed_batches,
+                       .messages = statistics.pieces,
+                       .dropped_replies = statistics.dropped_replies,
+                       .bytes_sent = statistics.bytes_sent,
+                       .bytes_received = statistics.bytes_received,
+                       .wait_seconds = absl::ToDoubleSeconds(statistics.waited)});
+}
+
 RequestLimits EngineHost::limits() const {
   RequestLimits limits;
   limits.vocab_size = engine_->config().vocab_size;

@@ -40,6 +40,7 @@ class EngineHost {
   void SetPeers(const v1::PeerList& peers) {
     if (remote_ != nullptr) remote_->SetPeers(peers);
   }
+  void PublishMetrics(WorkerMetrics& metrics) const;  // what the exchange has counted; any thread
   RemoteExperts* remote_experts() { return remote_.get(); }
 
   // Prefill and decode workers pair only if these agree.

@@ -3,6 +3,7 @@
 #include "services/expert/expert_loop.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <utility>
 
@@ -121,8 +122,17 @@ void ExpertLoop::Enqueue(Request request) {
     queue_.push_back(std::move(request));
     last_arrival_ = MonotonicNow();
     queued_.store(queue_.size());
+    PublishQueue(queue_.size());
   }
   ready_.notify_one();
+}
+
+void ExpertLoop::PublishQueue(size_t queued) {
+  if (metrics_ == nullptr) return;
+  metrics_->queued().Set(static_cast<double>(queued));
+  std::array<int, kWaitReasons> waiting{};
+  waiting[static_cast<size_t>(WaitReason::kTurn)] = static_cast<int>(queued);
+  metrics_->SetWaiting(waiting);
 }
 
 // --- The engine thread ---
@@ -143,8 +153,11 @@ void ExpertLoop::Run() {
         request = std::move(queue_.front());
         queue_.pop_front();
         queued_.store(queue_.size());
+        PublishQueue(queue_.size());
       }
+      if (metrics_ != nullptr) metrics_->running().Set(1);
       Serve(request);
+      if (metrics_ != nullptr) metrics_->running().Set(0);
       arriving_or_queued_.fetch_sub(1);
       waiting_.fetch_sub(1);
     }
@@ -167,6 +180,7 @@ void ExpertLoop::Serve(Request& request) {
   if (metrics_ != nullptr) {
     metrics_->ObserveStep(absl::ToDoubleSeconds(took), request.header.num_pairs);
     metrics_->CountTokens(request.header.num_pairs);
+    metrics_->CountWave(request.header.wave);
   }
   ExpertHeader header = request.header;
   header.kind = MessageKind::kReply;
@@ -201,6 +215,7 @@ absl::Status ExpertLoop::Compute(const Request& request, std::vector<uint8_t>& o
     for (int64_t j = 0; j < count; ++j) {
       PackRow(computed_.data() + j * hidden, hidden, header.format, out.data() + (pair + j) * row_bytes);
     }
+    if (metrics_ != nullptr) metrics_->CountExpert(expert, count);
     pair += count;
   }
   return absl::OkStatus();

@@ -74,6 +74,7 @@ class ExpertLoop final : public kvtransfer::MessageHandler {
 
   absl::Status CheckHeader(const ExpertHeader& header) const;
   void Enqueue(Request request);
+  void PublishQueue(size_t queued);  // mutex_ held, so that the last word is the newest
   void Run();
   void Serve(Request& request);
   absl::Status Compute(const Request& request, std::vector<uint8_t>& out);

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "engine/status.h"
+#include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/failpoints.h"
 
@@ -63,6 +64,7 @@ absl::Status RemoteExperts::Dispatch(const ExpertBatch& batch) {
   const std::shared_ptr<const PoolTable> table = pool_->table();
   auto next = std::make_shared<Batch>();
   next->number = next_batch_++;
+  batches_.fetch_add(1);
   next->batch = batch;
   RETURN_IF_ERROR(SplitByOwner(batch, *table));
   {
@@ -284,7 +286,11 @@ absl::Status RemoteExperts::Combine(float* expert_rows) {
   const std::shared_ptr<Batch> batch = current();
   if (batch == nullptr) return absl::FailedPreconditionError("no batch was dispatched");
   absl::Status status = ComputeLocal(batch->batch, expert_rows);
-  if (status.ok()) status = Await(*batch);
+  if (status.ok()) {
+    const absl::Time began = MonotonicNow();
+    status = Await(*batch);
+    waited_us_.fetch_add(absl::ToInt64Microseconds(MonotonicNow() - began));
+  }
   if (status.ok()) status = Scatter(*batch, expert_rows);
   if (!status.ok()) return FailBatch(status);
   std::lock_guard<std::mutex> lock(mutex_);
@@ -400,7 +406,13 @@ absl::Status RemoteExperts::FailBatch(absl::Status why) {
 }
 
 RemoteExpertsStatistics RemoteExperts::statistics() const {
-  return {next_batch_ - 1, pieces_.load(), bytes_sent_.load(), bytes_received_.load(), dropped_.load(), failed_.load()};
+  return {batches_.load(),
+          pieces_.load(),
+          bytes_sent_.load(),
+          bytes_received_.load(),
+          dropped_.load(),
+          failed_.load(),
+          absl::Microseconds(waited_us_.load())};
 }
 
 }  // namespace millrace::expert

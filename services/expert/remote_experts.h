@@ -37,6 +37,7 @@ struct RemoteExpertsOptions {
 struct RemoteExpertsStatistics {
   uint64_t batches = 0, pieces = 0, bytes_sent = 0, bytes_received = 0;
   uint64_t dropped_replies = 0, failed_batches = 0;
+  absl::Duration waited;  // of the engine thread, for replies
 };
 
 class RemoteExperts final : public ExpertExchange, public kvtransfer::MessageHandler {
@@ -81,6 +82,8 @@ class RemoteExperts final : public ExpertExchange, public kvtransfer::MessageHan
   std::shared_ptr<Batch> current_;   // guarded by mutex_
   uint64_t next_batch_ = 1;
   std::atomic<uint64_t> pieces_{0}, bytes_sent_{0}, bytes_received_{0}, dropped_{0}, failed_{0};
+  std::atomic<uint64_t> batches_{0};
+  std::atomic<int64_t> waited_us_{0};
 
   // Engine thread only; kept from batch to batch.
   struct Share {  // of one member or of this worker, for the batch being dispatched

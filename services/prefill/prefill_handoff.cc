@@ -11,6 +11,7 @@
 #include "services/common/failpoints.h"
 #include "services/prefill/prefill_loop.h"
 #include "services/prefill/seeded_bugs.h"
+#include "spdlog/spdlog.h"
 
 namespace millrace::prefill {
 namespace {
@@ -42,6 +43,13 @@ void PrefillLoop::SendExtent(Prompt& prompt, const CacheExtent& extent) {
     prompt.transfer_error = status;
     return;
   }
+  if (prompt.bytes_sent == 0) {
+    prompt.first_sent = MonotonicNow();
+    const bool computing = prompt.phase == PromptPhase::kComputing;
+    if (prompt.trace != nullptr && computing) {
+      prompt.stream_span = prompt.trace->Begin(Phase::kStream, prompt.first_sent, {.parent = prompt.prefill_span});
+    }
+  }
   prompt.sent[extent.index] = true;
   prompt.bytes_sent += static_cast<uint64_t>(extent.bytes);
 }
@@ -49,6 +57,7 @@ void PrefillLoop::SendExtent(Prompt& prompt, const CacheExtent& extent) {
 // The prompt is complete: the partial page and the slot go last.
 void PrefillLoop::SendRest(Prompt& prompt, absl::Time now) {
   prompt.phase = PromptPhase::kSending;
+  if (prompt.trace != nullptr) prompt.handoff_span = prompt.trace->Begin(Phase::kHandoff, now);
   if (const absl::Status injected = failpoints::Hit("p.before_transfer"); !injected.ok()) return End(prompt, injected);
   prompt.extents = engine_.Extents(*prompt.sequence, prompt.tokens_done);
   prompt.sent.resize(prompt.extents.size());
@@ -64,11 +73,13 @@ void PrefillLoop::SendRest(Prompt& prompt, absl::Time now) {
 
 void PrefillLoop::FlushThenCommit(Prompt& prompt) {
   prompt.phase = PromptPhase::kSending;
+  BeginPhase(prompt, Phase::kTail, MonotonicNow());
   prompt.sender->Flush([this, commands = commands_, id = prompt.id](absl::Status flushed) {
-    commands->Post([this, id, flushed = std::move(flushed)](absl::Time) {
+    commands->Post([this, id, flushed = std::move(flushed)](absl::Time now) {
       const auto it = prompts_.find(id);
       if (it == prompts_.end() || it->second.phase != PromptPhase::kSending) return;
       Prompt& sender = it->second;
+      EndPhase(sender, Phase::kTail, now, flushed.code());
       if (!flushed.ok()) {
         if (metrics_ != nullptr) metrics_->CountTransferFailure("send");
         return End(sender, AtDecode(sender, "sending", flushed));
@@ -83,12 +94,14 @@ void PrefillLoop::FlushThenCommit(Prompt& prompt) {
 
 void PrefillLoop::StartCommit(Prompt& prompt) {
   prompt.phase = PromptPhase::kCommitting;
+  BeginPhase(prompt, Phase::kCommit, MonotonicNow());
   if (const absl::Status injected = failpoints::Hit("p.before_commit"); !injected.ok()) return End(prompt, injected);
   auto manifest = EncodeManifest(prompt);
   if (!manifest.ok()) return End(prompt, AtDecode(prompt, "manifest", manifest.status()));
   v1::CommitRequest request;
   *request.mutable_lease() = prompt.request.target().lease();
   request.set_manifest(*std::move(manifest));
+  if (prompt.trace != nullptr) request.set_traceparent(prompt.trace->ContextOf(prompt.phase_span).Traceparent());
   ++prompt.commit_tries;
   const absl::Duration left = std::min(prompt.deadline, prompt.transfer_deadline) - MonotonicNow();
   decode_workers_.Commit(prompt.request.target().control_address(), std::move(request),
@@ -117,7 +130,23 @@ absl::StatusOr<std::string> PrefillLoop::EncodeManifest(Prompt& prompt) const {
   return kvtransfer::EncodeManifest(manifest);
 }
 
+void PrefillLoop::BeginPhase(Prompt& prompt, Phase phase, absl::Time now) {
+  prompt.phase_began = now;
+  if (prompt.trace == nullptr) return;
+  prompt.phase_span = prompt.trace->Begin(
+      phase, now,
+      {.worker = phase == Phase::kCommit ? prompt.request.target().name() : "", .parent = prompt.handoff_span});
+}
+
+void PrefillLoop::EndPhase(Prompt& prompt, Phase phase, absl::Time now, absl::StatusCode code) {
+  if (metrics_ != nullptr) {
+    metrics_->ObserveHandoffPhase(PhaseName(phase), absl::ToDoubleSeconds(now - prompt.phase_began));
+  }
+  if (prompt.trace != nullptr) prompt.trace->End(prompt.phase_span, now, code);
+}
+
 void PrefillLoop::OnCommitAnswer(Prompt& prompt, absl::StatusOr<v1::CommitResponse> answer, absl::Time now) {
+  EndPhase(prompt, Phase::kCommit, now, answer.status().code());
   if (!answer.ok()) {
     if (absl::IsUnavailable(answer.status()) && prompt.commit_tries < kMaxCommitTries) return StartCommit(prompt);
     if (metrics_ != nullptr) metrics_->CountTransferFailure("commit");
@@ -145,6 +174,10 @@ void PrefillLoop::OnCommitAnswer(Prompt& prompt, absl::StatusOr<v1::CommitRespon
     return End(prompt, AtDecode(prompt, "commit", absl::InternalError("the answer has no outcome")));
   }
   prompt.committed = true;
+  if (prompt.trace != nullptr) {
+    prompt.trace->End(prompt.handoff_span, now, absl::StatusCode::kOk,
+                      {{"bytes", static_cast<int64_t>(prompt.bytes_sent)}, {"resent", prompt.resent}});
+  }
   if (const absl::Status injected = failpoints::Hit("p.after_commit"); !injected.ok()) return End(prompt, injected);
   v1::PrefillEvent event;
   v1::HandoffCommitted& committed = *event.mutable_committed();
@@ -176,6 +209,9 @@ void PrefillLoop::End(Prompt& prompt, absl::Status why) {
   if (prompt.phase == PromptPhase::kEnding) return;
   prompt.phase = PromptPhase::kEnding;
   if (metrics_ != nullptr) metrics_->CountOutcome(why.code());
+  const LogScope about = About(prompt);
+  spdlog::debug("request {} attempt {} ends: {}", prompt.key.request_id, prompt.request.attempt(), why.ToString());
+  if (prompt.trace != nullptr) prompt.trace->Close(MonotonicNow(), why.code());
   const uint64_t id = prompt.id;
   if (prompt.committed && why.ok()) {
     prompt.lease_settled = true;  // it is the decode worker's and the router's now

@@ -3,6 +3,7 @@
 #include "services/prefill/prefill_loop.h"
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -10,6 +11,7 @@
 #include "services/common/cache_extents.h"
 #include "services/common/clock.h"
 #include "services/common/failpoints.h"
+#include "spdlog/spdlog.h"
 
 namespace millrace::prefill {
 namespace {
@@ -176,6 +178,13 @@ void PrefillLoop::DoSubmit(v1::PrefillRequest request, absl::Duration time_left,
   prompt.arrived = now;
   prompt.deadline = now + time_left;
   prompt.draw.emplace(prompt.request.spec(), prompt.ids);
+  if (options_.traces != nullptr && !prompt.request.traceparent().empty()) {
+    prompt.trace = options_.traces->Begin(key.request_id, "prefill worker", prompt.request.traceparent(), now);
+    prompt.queue_span = prompt.trace->Begin(Phase::kQueue, now);
+  }
+  const LogScope about = About(prompt);
+  spdlog::debug("request {} attempt {} accepted: {} prompt tokens", key.request_id, prompt.request.attempt(),
+                prompt.ids.size());
 
   v1::PrefillEvent event;
   options_.incarnation.To(event.mutable_accepted()->mutable_worker());
@@ -230,6 +239,10 @@ absl::Status PrefillLoop::Admit(Prompt& prompt, absl::Time now) {
       transport_, prompt.peer, kvtransfer::LeaseKey{target.lease().id(), target.lease().epoch()}, options);
   prompt.phase = PromptPhase::kComputing;
   prompt.first_pass = now;
+  if (prompt.trace != nullptr) {
+    prompt.trace->End(prompt.queue_span, now);
+    prompt.prefill_span = prompt.trace->Begin(Phase::kPrefill, now);
+  }
   if (metrics_ != nullptr) metrics_->ObserveQueue(absl::ToDoubleSeconds(now - prompt.arrived));
   return absl::OkStatus();
 }
@@ -297,6 +310,14 @@ void PrefillLoop::OnFirstToken(Prompt& prompt, const ChunkOutput& output, absl::
   if (const absl::Status injected = failpoints::Hit("p.after_prefill"); !injected.ok()) return End(prompt, injected);
   prompt.finish = prompt.draw->Accept(output.sampled, prompt.first_token);
   prompt.token_at = now;
+  if (prompt.trace != nullptr) {
+    prompt.trace->End(prompt.stream_span, now);
+    prompt.trace->End(prompt.prefill_span, now, absl::StatusCode::kOk,
+                      {{"tokens", static_cast<int64_t>(prompt.ids.size())}});
+  }
+  if (metrics_ != nullptr && prompt.first_sent != absl::InfiniteFuture()) {
+    metrics_->ObserveHandoffPhase("stream", absl::ToDoubleSeconds(now - prompt.first_sent));
+  }
   v1::PrefillEvent event;
   v1::FirstToken& first = *event.mutable_first_token();
   *first.mutable_token() = prompt.first_token;
@@ -312,11 +333,35 @@ void PrefillLoop::Publish() {
   const CacheUsage usage = engine_.Usage();
   uint32_t queued = 0, running = 0;
   uint64_t queued_tokens = 0;
+  int streaming = 0, tail = 0, committing = 0;
+  std::array<int, kWaitReasons> waiting{};
   for (const auto& [id, prompt] : prompts_) {
     if (prompt.phase == PromptPhase::kEnding) continue;
     ++(prompt.phase == PromptPhase::kQueued ? queued : running);
     queued_tokens += prompt.ids.size() - static_cast<size_t>(prompt.tokens_done);
+    switch (prompt.phase) {
+      case PromptPhase::kQueued: {
+        const bool pages = PagesFor(static_cast<int64_t>(prompt.ids.size())) > usage.pages_free;
+        const WaitReason reason = usage.slots_free == 0 ? WaitReason::kSlots
+                                  : pages               ? WaitReason::kPages
+                                                        : WaitReason::kTurn;
+        ++waiting[static_cast<size_t>(reason)];
+        break;
+      }
+      case PromptPhase::kComputing:
+        streaming += prompt.bytes_sent > 0;
+        break;
+      case PromptPhase::kSending:
+        ++tail;
+        break;
+      case PromptPhase::kCommitting:
+        ++committing;
+        break;
+      case PromptPhase::kEnding:
+        break;
+    }
   }
+  waiting[static_cast<size_t>(WaitReason::kDecode)] = committing;
   std::lock_guard<std::mutex> lock(status_mutex_);
   published_.set_queued(queued);
   published_.set_queued_tokens(queued_tokens);
@@ -327,6 +372,8 @@ void PrefillLoop::Publish() {
   if (metrics_ == nullptr) return;
   metrics_->queued().Set(queued);
   metrics_->running().Set(running);
+  metrics_->SetWaiting(waiting);
+  metrics_->SetHandoffsInFlight(streaming, tail, committing);
   metrics_->SetPages(usage.pages_free, usage.pages_owned);
   metrics_->SetSlots(usage.slots_free, usage.slots_total);
 }

@@ -42,6 +42,7 @@ struct PrefillLoopOptions {
   absl::Duration abort_timeout = absl::Milliseconds(500);
   int max_repairs = 3;                  // times the decode worker may ask again for damaged or missing extents
   std::function<absl::Status()> ready;  // as in DecodeLoopOptions
+  TraceLog* traces = nullptr;           // as there
 };
 
 class PrefillLoop {
@@ -83,6 +84,9 @@ class PrefillLoop {
   void FlushThenCommit(Prompt& prompt);
   void StartCommit(Prompt& prompt);
   absl::StatusOr<std::string> EncodeManifest(Prompt& prompt) const;
+  // The tail or the commit: one at a time, measured and traced.
+  void BeginPhase(Prompt& prompt, Phase phase, absl::Time now);
+  void EndPhase(Prompt& prompt, Phase phase, absl::Time now, absl::StatusCode code = absl::StatusCode::kOk);
   void OnCommitAnswer(Prompt& prompt, absl::StatusOr<v1::CommitResponse> answer, absl::Time now);
   void End(Prompt& prompt, absl::Status why);  // closes the sink, lets go of wire and lease
   void SettleLease(Prompt& prompt, const std::string& reason);

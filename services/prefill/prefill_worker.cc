@@ -39,12 +39,16 @@ absl::Status PrefillWorker::Load() {
   options.transfer_timeout = Ms(timers.transfer_timeout_ms());
   options.abort_timeout = Ms(timers.abort_timeout_ms());
   options.ready = [this] { return host_->Ready(); };
+  options.traces = &core_.traces();
   loop_ = std::make_unique<PrefillLoop>(host_->engine(), core_.transport(), *decode_workers_, std::move(options),
                                         &core_.metrics());
   service_.Serve(loop_.get(), host_->limits());
 
   WorkerHooks hooks;
-  hooks.fill_status = [this](v1::WorkerStatus& status) { loop_->FillStatus(status); };
+  hooks.fill_status = [this](v1::WorkerStatus& status) {
+    loop_->FillStatus(status);
+    host_->PublishMetrics(core_.metrics());
+  };
   hooks.ready = [this] { return host_->Ready(); };
   hooks.on_peers = [this](const v1::PeerList& peers) { host_->SetPeers(peers); };
   hooks.on_new_router = [this](const IncarnationId&) {

@@ -22,6 +22,8 @@
 #include "kvtransfer/sender.h"
 #include "millrace/v1/prefill.pb.h"
 #include "services/common/generation_spec.h"
+#include "services/common/log_scope.h"
+#include "services/common/request_trace.h"
 
 namespace millrace::prefill {
 
@@ -56,6 +58,8 @@ struct Prompt {
   PromptPhase phase = PromptPhase::kQueued;
   absl::Time arrived, deadline;
   absl::Time first_pass, token_at, transfer_deadline;
+  absl::Time first_sent = absl::InfiniteFuture();  // of the first extent
+  absl::Time phase_began;                          // of the tail or the commit under way
 
   std::optional<SequenceId> sequence;
   std::optional<TokenDraw> draw;
@@ -79,6 +83,13 @@ struct Prompt {
   bool lease_settled = false;
   int abort_tries = 0;
   std::vector<absl::AnyInvocable<void(bool was_live)>> on_gone;
+  std::shared_ptr<RequestTrace> trace;  // null: the request is not traced
+  uint64_t queue_span = 0, prefill_span = 0, stream_span = 0, handoff_span = 0, phase_span = 0;
 };
+
+// For the log: whose lines follow.
+inline LogScope About(const Prompt& prompt) {
+  return LogScope(ClientRequestId(prompt.key.request_id), prompt.trace == nullptr ? "" : prompt.trace->trace_id());
+}
 
 }  // namespace millrace::prefill

@@ -25,6 +25,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "services/common/request_trace.h"
 
 namespace millrace::router {
 
@@ -52,6 +53,7 @@ struct GenerationRequest {
   int32_t num_logprobs = -1;  // -1: none wanted; 0: the drawn token's; k in 1..20: also the k most likely
   std::string cache_salt;     // prompts share cached pages only under equal salts; empty is a salt too
   std::chrono::steady_clock::time_point deadline = std::chrono::steady_clock::time_point::max();
+  std::shared_ptr<RequestTrace> trace;  // of the whole request; null: its time is not recorded
 };
 
 // Log-probabilities are of the distribution after penalties and bias, before temperature and truncation

@@ -313,8 +313,9 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
   }
 
   void AnswerMetrics(const Headers& headers, HttpExchange& exchange) {
-    Send({.content_type = std::string(kMetricsContentType), .body = RenderMetrics(*options_.registry)}, "/metrics",
-         headers, exchange);
+    Send({.content_type = std::string(kMetricsContentType),
+          .body = RenderMetrics(*options_.registry, options_.metric_names)},
+         "/metrics", headers, exchange);
   }
 
   void AnswerStatus(const HttpRequest& request, const Headers& headers, HttpExchange& exchange) {
@@ -404,7 +405,10 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     const auto timeout = ReadTimeout(request, options_.limits);
     if (!timeout.ok()) return refuse(timeout.status());
     if (draining_) return refuse(Ready());
-    if (const auto status = Register(request_id); !status.ok()) return refuse(status);
+    if (const auto status = Register(request_id); !status.ok()) {
+      if (absl::IsResourceExhausted(status)) options_.metrics->CountRefusal("overloaded");
+      return refuse(status);
+    }
 
     SessionContext context;
     context.exchange = exchange;
@@ -418,6 +422,11 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     context.headers = std::move(headers);
     context.received_at = request.received_at;
     context.deadline = request.received_at + *timeout;
+    if (options_.traces != nullptr) {
+      context.trace =
+          options_.traces->Begin(request_id, absl::StrCat("POST ", name), request.Header("traceparent").value_or(""),
+                                 FromSteady(request.received_at));
+    }
     // Freed with its last copy, whichever way the request ends.
     context.on_end = [live = std::make_shared<LiveId>(shared_from_this(), request_id)]() mutable { live->Release(); };
 
@@ -437,6 +446,9 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
       context.exchange->BodyConsumed();
       if (!parsed.ok()) {
         self->Answer(parsed.status(), context.route, context.headers, *context.exchange);
+        if (context.trace != nullptr) {
+          context.trace->Close(MonotonicNow(), parsed.status().code(), ToHttpError(parsed.status()).http_status);
+        }
         return context.on_end();
       }
       if (!parsed->ignored.empty()) {

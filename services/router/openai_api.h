@@ -28,10 +28,11 @@ struct OpenAiApiOptions {
   ApiLimits limits;
   GenerationService* generations = nullptr;        // must outlive the servers
   const prometheus::Registry* registry = nullptr;  // for /metrics; must outlive the servers
-  TraceLog* traces = nullptr;      // where requests' time is recorded; must outlive the servers; may be null
-  HttpMetrics* metrics = nullptr;  // must outlive the servers
-  std::string version;             // "millrace 0.1.0", in the status
-  std::function<Json()> status;    // what the status page shows; any thread; may be empty
+  TraceLog* traces = nullptr;             // where requests' time is recorded; must outlive the servers; may be null
+  std::vector<std::string> metric_names;  // sets of other servers' names that /metrics has too
+  HttpMetrics* metrics = nullptr;         // must outlive the servers
+  std::string version;                    // "millrace 0.1.0", in the status
+  std::function<Json()> status;           // what the status page shows; any thread; may be empty
   // Asks a worker to drain, for the operator's POST /workers/NAME/drain; NotFound: there is no such worker. Any thread;
   // empty: there is no such route.
   std::function<absl::Status(const std::string& name)> drain_worker;

@@ -997,6 +997,7 @@ TEST_F(OpenAiApiTest, RequestsInFlightAreLimited) {
   ASSERT_TRUE(Eventually([&] { return generations_->running() == 2; }));
   TestReply reply = AskChat();
   EXPECT_EQ(reply.status, 429);
+  EXPECT_THAT(RenderMetrics(*registry_), HasSubstr("millrace_router_refusals_total{code=\"overloaded\"} 1\n"));
   EXPECT_EQ(reply.headers["retry-after"], "1");
   generations_->Release();
   EXPECT_EQ(one.Read().status, 200);

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/http_status.h"
 #include "services/router/choice_text.h"
@@ -19,6 +20,13 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// What a trace says of an HTTP status.
+absl::StatusCode TraceCode(int http_status) {
+  if (http_status < 400) return absl::StatusCode::kOk;
+  if (http_status == 499) return absl::StatusCode::kCancelled;
+  return http_status < 500 ? absl::StatusCode::kInvalidArgument : absl::StatusCode::kInternal;
+}
 
 // The id without its prefix, so that reply ids look like OpenAI's.
 std::string ReplyId(bool is_chat, const std::string& generation_id) {
@@ -56,7 +64,7 @@ class Session : public std::enable_shared_from_this<Session> {
     bool done = false;
     int64_t tokens = 0;
     int64_t cached_tokens = 0;
-    Clock::time_point last_token_at;
+    Clock::time_point first_token_at, last_token_at;
     std::vector<GeneratedToken> unsent_logprobs;  // in a stream since the last chunk, else of the whole choice
     int64_t text_offset = 0;
     std::vector<std::string> call_ids;
@@ -144,7 +152,8 @@ void Session::Start() {
   }
   for (int32_t i = 0; i < num_choices; ++i) {
     GenerationRequest generation;
-    generation.request_id = context_.generation_id;
+    generation.request_id = context_.request_id;
+    generation.trace = context_.trace;
     generation.choice = i % request_.n;  // with one seed, a prompt has the answers that it has when sent alone
     generation.prompt_ids = request_.prompts[i / request_.n];
     generation.sampling = request_.sampling;
@@ -186,6 +195,7 @@ void Session::OnToken(int32_t index, GeneratedToken token) {
   } else if (choice.tokens > 0) {
     context_.metrics->ObserveInterToken(std::chrono::duration<double>(now - choice.last_token_at).count());
   }
+  if (choice.tokens == 0) choice.first_token_at = now;
   choice.last_token_at = now;
   ++choice.tokens;
   text::CompletionDelta delta = choice.text.Push(token.id);
@@ -276,7 +286,12 @@ void Session::FinishChoice(Choice& choice, std::string_view reason) {
 
 void Session::FinishAll() {
   const ReplyUsage usage = Usage();
-  for (const Choice& choice : choices_) context_.metrics->ObserveCompletionTokens(choice.tokens);
+  for (const Choice& choice : choices_) {
+    context_.metrics->ObserveCompletionTokens(choice.tokens);
+    if (choice.tokens < 2) continue;
+    const std::chrono::duration<double> after_first = choice.last_token_at - choice.first_token_at;
+    context_.metrics->ObserveTimePerOutputToken(after_first.count() / static_cast<double>(choice.tokens - 1));
+  }
   context_.metrics->ObservePromptTokens(usage.prompt_tokens);
   if (request_.stream) {
     if (request_.include_usage) WriteEvent(writer_.UsageChunk(usage));
@@ -383,6 +398,13 @@ void Session::End(int code) {
   context_.metrics->requests_running().Decrement();
   context_.metrics->CountRequest(context_.route, code);
   context_.metrics->ObserveDuration(code, SecondsSince(context_.received_at));
+  if (context_.trace != nullptr) {
+    int64_t prompt_tokens = 0;
+    for (const auto& prompt : request_.prompts) prompt_tokens += static_cast<int64_t>(prompt.size());
+    context_.trace->AddNumber(0, "input_tokens", prompt_tokens);
+    context_.trace->AddNumber(0, "output_tokens", DeliveredTokens());
+    context_.trace->Close(MonotonicNow(), TraceCode(code), code);
+  }
   context_.on_end();
 }
 

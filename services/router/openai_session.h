@@ -32,7 +32,8 @@ struct SessionContext {
   std::vector<std::pair<std::string, std::string>> headers;  // of every reply to this request
   std::chrono::steady_clock::time_point received_at;
   std::chrono::steady_clock::time_point deadline;
-  std::function<void()> on_end;  // once, on the strand or in the session's destructor
+  std::shared_ptr<RequestTrace> trace;  // of this request; may be null
+  std::function<void()> on_end;         // once, on the strand or in the session's destructor
 };
 
 // Starts the generations and answers. Returns at once; the session lives until it has answered.

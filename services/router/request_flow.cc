@@ -11,6 +11,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
+#include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/router/generation_wire.h"
 #include "services/router/placement.h"
@@ -31,6 +32,10 @@ uint64_t LeftMs(TimePoint deadline, TimePoint now) {
 constexpr milliseconds kDeadlineSlack{50};
 
 double Seconds(Duration d) { return std::chrono::duration<double>(d).count(); }
+
+std::string Traceparent(const std::shared_ptr<RequestTrace>& trace, uint64_t span) {
+  return trace == nullptr ? "" : trace->ContextOf(span).Traceparent();
+}
 
 }  // namespace
 
@@ -137,6 +142,8 @@ void RequestFlow::Begin(std::unique_ptr<Flow> owned, TimePoint now) {
   Flow& flow = *owned;
   const FlowId id = flow.id;
   flows_.emplace(id, std::move(owned));
+  flow.generation_span = BeginPhase(flow, Phase::kGeneration, flow.accepted);
+  flow.queue_span = BeginPhase(flow, Phase::kQueue, flow.accepted);
   flow.deadline_timer = loop_.At(flow.deadline, [this, id](TimePoint at) {
     if (Flow* late = FindFlow(id)) Fail(*late, DeadlineError(), at);
   });
@@ -164,20 +171,33 @@ void RequestFlow::PlaceQueued(TimePoint now) {
       queue_.pop_front();
       continue;
     }
+    const TimePoint asked = std::chrono::steady_clock::now();
     const ClusterSnapshot snapshot = BookedSnapshot();
     const absl::StatusOr<Pair> pair =
         ChoosePair(snapshot, {static_cast<int64_t>(flow->request.prompt_ids.size()), flow->request.max_tokens}, now);
+    const TimePoint decided = std::chrono::steady_clock::now();
+    metrics_.decision_seconds.Observe(Seconds(decided - asked));
     // A pool that is empty for a moment (a worker restarts) is worth the queue's patience to a request accepted before.
-    if (absl::IsResourceExhausted(pair.status()) || (absl::IsUnavailable(pair.status()) && flow->attempts > 0)) break;
+    queue_waits_for_workers_ = absl::IsUnavailable(pair.status());
+    if (absl::IsResourceExhausted(pair.status()) || (queue_waits_for_workers_ && flow->attempts > 0)) break;
     queue_.pop_front();
     if (!pair.ok()) {
       Fail(*flow, pair.status(), now);
       continue;
     }
+    if (RequestTrace* const trace = flow->request.trace.get()) {
+      const std::string chosen =
+          absl::StrCat(snapshot.workers[pair->prefill].name, ", ", snapshot.workers[pair->decode].name);
+      trace->End(BeginPhase(*flow, Phase::kPlacement, asked, chosen), FromSteady(decided), absl::StatusCode::kOk,
+                 {{"prefill_fit", pair->prefill_fit},
+                  {"prefill_waiting_tokens", pair->prefill_waiting_tokens},
+                  {"decode_fit", pair->decode_fit},
+                  {"decode_use_percent", static_cast<int64_t>(100 * pair->decode_use)}});
+    }
     StartAttempt(*flow, snapshot.workers[pair->prefill], snapshot.workers[pair->decode], now);
   }
   placing_ = false;
-  metrics_.generations_queued.Set(static_cast<double>(queue_.size()));
+  metrics_.SetQueued(queue_.size(), queue_waits_for_workers_);
 }
 
 void RequestFlow::StartAttempt(Flow& flow, const WorkerView& prefill, const WorkerView& decode, TimePoint now) {
@@ -198,6 +218,12 @@ void RequestFlow::StartAttempt(Flow& flow, const WorkerView& prefill, const Work
   metrics_.attempts_open.Set(static_cast<double>(attempts_.size()));
   flow.attempt = attempt.id;
   metrics_.queue_seconds.Observe(Seconds(now - flow.accepted));
+  attempt.trace = flow.request.trace;
+  if (attempt.trace != nullptr) attempt.trace->End(flow.queue_span, FromSteady(now));
+  attempt.reserve_span = BeginPhase(flow, Phase::kReserve, now, attempt.decode->name);
+  const LogScope about = About(attempt);
+  spdlog::debug("request {} attempt {}: {} prompt tokens, prefill at {}, decode at {}", attempt.wire_id, attempt.number,
+                attempt.prompt_tokens, attempt.prefill->name, attempt.decode->name);
 
   Assigned& at_prefill = book_[prefill.incarnation];
   at_prefill.requests += 1;
@@ -223,6 +249,7 @@ void RequestFlow::StartAttempt(Flow& flow, const WorkerView& prefill, const Work
   *request.mutable_router() = options_.router.ToProto();
   request.set_ttl_ms(static_cast<uint32_t>(options_.lease_ttl.count()));
   request.set_deadline_ms(LeftMs(flow.deadline, now));
+  request.set_traceparent(Traceparent(attempt.trace, attempt.reserve_span));
   // Not cancelled when the request ends meanwhile: only its answer tells which lease to abort.
   auto shared = std::make_shared<v1::ReserveRequest>(std::move(request));
   auto peer = attempt.decode;
@@ -242,6 +269,9 @@ void RequestFlow::OnReserved(AttemptId id, const absl::Status& status, const v1:
   Attempt* attempt = FindAttempt(id);
   if (attempt == nullptr) return;  // its worker went first
   if (attempt->decode_leg != Leg::kCalling) return;
+  metrics_.reserve_seconds.Observe(Seconds(now - attempt->started));
+  if (attempt->trace != nullptr) attempt->trace->End(attempt->reserve_span, FromSteady(now), status.code());
+  const LogScope about = About(*attempt);
   Flow* flow = attempt->closing ? nullptr : FindFlow(attempt->flow);
   if (!status.ok()) {
     spdlog::info("request {} attempt {}: {} refused the reservation: {}", attempt->wire_id, attempt->number,
@@ -292,6 +322,8 @@ void RequestFlow::StartPrefill(Flow& flow, Attempt& attempt, v1::PrefillRequest 
   *request.mutable_spec() = flow.spec;
   request.mutable_prompt_ids()->Assign(flow.request.prompt_ids.begin(), flow.request.prompt_ids.end());
   request.set_deadline_ms(LeftMs(flow.deadline, now));
+  attempt.prefill_span = BeginPhase(flow, Phase::kPrefill, now, attempt.prefill->name);
+  request.set_traceparent(Traceparent(attempt.trace, attempt.prefill_span));
 
   auto shared = std::make_shared<v1::PrefillRequest>(std::move(request));
   auto peer = attempt.prefill;
@@ -327,6 +359,13 @@ void RequestFlow::OnPrefillEvent(AttemptId id, const v1::PrefillEvent& event, Ti
       const v1::HandoffCommitted& committed = event.committed();
       metrics_.CountHandoff(static_cast<int64_t>(committed.bytes()), committed.resent(),
                             static_cast<double>(committed.transfer_us()) / 1e6);
+      if (attempt->trace != nullptr) {
+        attempt->trace->End(attempt->handoff_span, FromSteady(now), absl::StatusCode::kOk,
+                            {{"bytes", static_cast<int64_t>(committed.bytes())},
+                             {"extents", committed.extents()},
+                             {"resent", committed.resent()},
+                             {"transfer_us", static_cast<int64_t>(committed.transfer_us())}});
+      }
       return;
     }
     case v1::PrefillEvent::kEnded:
@@ -346,12 +385,21 @@ void RequestFlow::OnFirstToken(Flow& flow, Attempt& attempt, const v1::FirstToke
   }
   metrics_.prefill_seconds.Observe(Seconds(now - attempt.started));
   flow.cached_tokens = first.cached_tokens();
+  if (attempt.trace != nullptr) {
+    attempt.trace->End(attempt.prefill_span, FromSteady(now), absl::StatusCode::kOk,
+                       {{"tokens", attempt.prompt_tokens},
+                        {"cached_tokens", first.cached_tokens()},
+                        {"queue_us", static_cast<int64_t>(first.queue_us())},
+                        {"compute_us", static_cast<int64_t>(first.compute_us())}});
+  }
   if (!Deliver(flow, first.token(), now)) return;
   if (first.finish() != v1::FINISH_REASON_UNSPECIFIED) {
     attempt.ended_at_prefill = true;
     Finish(flow, first.finish(), now);
     return;
   }
+  attempt.handoff_span = BeginPhase(flow, Phase::kHandoff, now, attempt.prefill->name);
+  attempt.decode_span = BeginPhase(flow, Phase::kDecode, now, attempt.decode->name);
   StartDecode(flow, attempt, now);
 }
 
@@ -377,6 +425,7 @@ void RequestFlow::OnPrefillDone(AttemptId id, const absl::Status& status, TimePo
     return;
   }
   const absl::Status why = status.ok() ? absl::InternalError("prefill ended without a hand-off") : status;
+  const LogScope about = About(*attempt);
   spdlog::warn("request {} attempt {}: prefill at {} ended: {}", attempt->wire_id, attempt->number,
                attempt->prefill->name, why.ToString());
   if (MayTryAgain(*flow, why)) {
@@ -391,6 +440,7 @@ void RequestFlow::OnPrefillDone(AttemptId id, const absl::Status& status, TimePo
 void RequestFlow::StartDecode(Flow& flow, Attempt& attempt, TimePoint now) {
   auto request = std::make_shared<v1::DecodeRequest>();
   *request->mutable_lease() = attempt.lease;
+  request->set_traceparent(Traceparent(attempt.trace, attempt.decode_span));
   auto peer = attempt.decode;
   attempt.decode_stream = std::make_shared<StreamCall<v1::DecodeEvent>>(
       loop_, calls_,
@@ -423,6 +473,7 @@ void RequestFlow::OnDecodeEvent(AttemptId id, const v1::DecodeEvent& event, Time
     return;
   }
   if (static_cast<int64_t>(event.end().tokens()) != flow->next_index) {
+    const LogScope about = About(*attempt);
     spdlog::error("request {}: {} counts {} tokens, {} were forwarded", attempt->wire_id, attempt->decode->name,
                   event.end().tokens(), flow->next_index);
     Fail(*flow, ClientError(absl::InternalError("token count")), now);
@@ -449,6 +500,7 @@ void RequestFlow::OnDecodeDone(AttemptId id, const absl::Status& status, TimePoi
   Flow* flow = FindFlow(attempt->flow);
   CHECK(flow != nullptr, "an attempt that is not closing has its flow");
   const absl::Status why = status.ok() ? absl::InternalError("decode ended without an end") : status;
+  const LogScope about = About(*attempt);
   spdlog::warn("request {} attempt {}: decode at {} ended after {} tokens: {}", attempt->wire_id, attempt->number,
                attempt->decode->name, flow->next_index, why.ToString());
   Fail(*flow, ClientError(why, now + kDeadlineSlack >= flow->deadline), now);
@@ -478,11 +530,13 @@ void RequestFlow::Finish(Flow& flow, v1::FinishReason reason, TimePoint now) {
     return;
   }
   metrics_.CountEnd(at_end_id ? "stop" : "length");
+  metrics_.generation_seconds.Observe(Seconds(now - flow.accepted));
   const std::shared_ptr<GenerationSink> sink = flow.sink;
   const GenerationUsage usage{.prompt_tokens = static_cast<int64_t>(flow.request.prompt_ids.size()),
                               .cached_prompt_tokens = flow.cached_tokens,
                               .completion_tokens = flow.next_index};
   Attempt* attempt = FindAttempt(flow.attempt);
+  EndPhases(flow, absl::StatusCode::kOk, now);
   Forget(flow);
   sink->OnFinish(at_end_id ? GenerationEnd::kEndOfSequence : GenerationEnd::kLength, usage);
   if (attempt != nullptr) Close(*attempt, now);
@@ -492,6 +546,7 @@ void RequestFlow::Fail(Flow& flow, absl::Status status, TimePoint now) {
   metrics_.CountEnd(absl::AsciiStrToLower(absl::StatusCodeToString(status.code())));
   const std::shared_ptr<GenerationSink> sink = flow.sink;
   Attempt* attempt = FindAttempt(flow.attempt);
+  EndPhases(flow, status.code(), now);
   Forget(flow);
   sink->OnError(std::move(status));
   if (attempt != nullptr) Close(*attempt, now);
@@ -513,7 +568,9 @@ void RequestFlow::Requeue(Flow& flow, const absl::Status& why, TimePoint now) {
   flow.attempt = 0;
   flow.last_refusal = why;
   const FlowId id = flow.id;
+  if (attempt != nullptr) EndPhasesOf(*attempt, why.code(), now);
   if (attempt != nullptr) Close(*attempt, now);
+  flow.queue_span = BeginPhase(flow, Phase::kQueue, now);
   queue_.push_front(id);
   PlaceQueued(now);
   Flow* waiting = FindFlow(id);
@@ -546,6 +603,31 @@ void RequestFlow::EndAll(absl::Status status) {
   loop_.Call([this, &status](TimePoint now) {
     while (!flows_.empty()) Fail(*flows_.begin()->second, status, now);
   });
+}
+
+uint64_t RequestFlow::BeginPhase(const Flow& flow, Phase phase, TimePoint now, const std::string& worker) {
+  if (flow.request.trace == nullptr) return 0;
+  return flow.request.trace->Begin(phase, FromSteady(now),
+                                   {.choice = flow.request.choice,
+                                    .attempt = static_cast<uint32_t>(flow.attempts),
+                                    .worker = worker,
+                                    .parent = flow.generation_span});
+}
+
+void RequestFlow::EndPhases(Flow& flow, absl::StatusCode code, TimePoint now) {
+  if (flow.request.trace == nullptr) return;
+  flow.request.trace->EndWithin(flow.generation_span, FromSteady(now), code, {{"tokens", flow.next_index}});
+}
+
+void RequestFlow::EndPhasesOf(Attempt& attempt, absl::StatusCode code, TimePoint now) {
+  if (attempt.trace == nullptr) return;
+  for (const uint64_t span : {attempt.prefill_span, attempt.handoff_span, attempt.decode_span}) {
+    if (span != 0) attempt.trace->End(span, FromSteady(now), code);
+  }
+}
+
+LogScope RequestFlow::About(const Attempt& attempt) {
+  return LogScope(ClientRequestId(attempt.wire_id), attempt.trace == nullptr ? "" : attempt.trace->trace_id());
 }
 
 RequestFlow::Flow* RequestFlow::FindFlow(FlowId id) {

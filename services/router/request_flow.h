@@ -33,6 +33,8 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "millrace/v1/types.pb.h"
+#include "services/common/log_scope.h"
+#include "services/common/request_trace.h"
 #include "services/router/cluster_snapshot.h"
 #include "services/router/event_loop.h"
 #include "services/router/generation.h"
@@ -98,7 +100,8 @@ class RequestFlow final : public GenerationService {
     bool paused = false;
     int64_t next_index = 0;  // of the token to forward next
     int64_t cached_tokens = 0;
-    absl::Status last_refusal;  // why it is back in the queue
+    absl::Status last_refusal;                     // why it is back in the queue
+    uint64_t generation_span = 0, queue_span = 0;  // of its trace
   };
 
   enum class Leg {
@@ -133,6 +136,8 @@ class RequestFlow final : public GenerationService {
 
     bool closing = false;  // no flow waits for it any more
     EventLoop::TimerId close_timer = 0, abort_prefill_timer = 0, abort_decode_timer = 0;
+    std::shared_ptr<RequestTrace> trace;  // the flow's; may be null
+    uint64_t reserve_span = 0, prefill_span = 0, handoff_span = 0, decode_span = 0;
     TimePoint give_up;  // when unanswered aborts are no longer repeated: the lease has run out by then
   };
 
@@ -178,6 +183,12 @@ class RequestFlow final : public GenerationService {
   ClusterSnapshot BookedSnapshot() const;
   std::shared_ptr<WorkerPeer> Peer(const WorkerView& view);
 
+  // Phases of the request's trace; nothing without one. `worker`: who does it, if not the router.
+  static uint64_t BeginPhase(const Flow& flow, Phase phase, TimePoint now, const std::string& worker = "");
+  static void EndPhases(Flow& flow, absl::StatusCode code, TimePoint now);          // all that are open
+  static void EndPhasesOf(Attempt& attempt, absl::StatusCode code, TimePoint now);  // of one that failed
+  static LogScope About(const Attempt& attempt);
+
   Flow* FindFlow(FlowId id);
   Attempt* FindAttempt(AttemptId id);
   void Cancel(FlowId id);
@@ -200,6 +211,7 @@ class RequestFlow final : public GenerationService {
   std::map<FlowId, std::unique_ptr<Flow>> flows_;
   std::deque<FlowId> queue_;  // bounded by max_requests
   bool placing_ = false;
+  bool queue_waits_for_workers_ = false;  // what held up the head of the queue when it was last looked at
   std::map<AttemptId, std::unique_ptr<Attempt>> attempts_;
   absl::flat_hash_map<IncarnationId, std::shared_ptr<WorkerPeer>> peers_;
   absl::flat_hash_map<IncarnationId, Assigned> book_;

@@ -65,6 +65,7 @@ void RequestFlow::AbortPrefill(AttemptId id, TimePoint now) {
   Attempt* attempt = FindAttempt(id);
   if (attempt == nullptr || attempt->prefill_leg != Leg::kAborting) return;
   if (now >= attempt->give_up) {
+    const LogScope about = About(*attempt);
     spdlog::error("request {} attempt {}: prefill at {} never answered its abort", attempt->wire_id, attempt->number,
                   attempt->prefill->name);
     metrics_.aborts_unanswered.Increment();
@@ -105,6 +106,7 @@ void RequestFlow::AbortDecode(AttemptId id, TimePoint now) {
     if (attempt->decode_stream != nullptr) attempt->decode_stream->Abandon();
   }
   if (now >= attempt->give_up) {
+    const LogScope about = About(*attempt);
     spdlog::error("request {} attempt {}: decode at {} never answered its abort", attempt->wire_id, attempt->number,
                   attempt->decode->name);
     metrics_.aborts_unanswered.Increment();
@@ -218,6 +220,7 @@ void RequestFlow::Renew(AttemptId id, TimePoint now) {
           return;
         }
         Flow* flow = renewed->closing ? nullptr : FindFlow(renewed->flow);
+        const LogScope about = About(*renewed);
         spdlog::warn("request {} attempt {}: lease at {} is gone: {}", renewed->wire_id, renewed->number,
                      renewed->decode->name, status.ToString());
         // With a stream attached its own status says better what happened, and is on its way.
@@ -257,6 +260,7 @@ void RequestFlow::EndAttemptsAt(const IncarnationId& gone, const std::string& wh
     }
     Flow* flow = attempt->closing ? nullptr : FindFlow(attempt->flow);
     if (flow != nullptr && needed) {
+      const LogScope about = About(*attempt);
       const absl::Status lost = absl::UnavailableError(why);
       if (died) ++flow->deaths;
       const bool again = MayTryAgain(*flow, lost) && flow->deaths < options_.max_deaths;
@@ -295,6 +299,7 @@ void RequestFlow::Sweep(TimePoint now) {
 void RequestFlow::Publish(TimePoint now) {
   auto fresh = std::make_shared<const ClusterSnapshot>(BookedSnapshot());
   metrics_.SetWorkers(*fresh, now);
+  metrics_.SetJoins(registry_.joins());
   absl::MutexLock lock(&published_mutex_);
   published_ = std::move(fresh);
 }

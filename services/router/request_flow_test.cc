@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "services/common/error.h"
+#include "services/common/metric_catalogue.h"
 #include "services/common/rpc.h"
 #include "services/router/fake_workers.h"
 
@@ -249,6 +250,63 @@ TEST_F(RequestFlowTest, TokensArriveOnceInOrderAndEverythingIsGivenBack) {
   EXPECT_EQ(running.sink->usage().prompt_tokens, 3);
   running.sink->CheckContract();
   ExpectNothingLeft();
+}
+
+TEST_F(RequestFlowTest, TheRecordSaysWhereTheTimeWent) {
+  Open();
+  Join();
+  TraceLog log({});
+  GenerationRequest request = Request(5);
+  request.trace = log.Begin("mine", "test", "", absl::UnixEpoch());
+  const auto trace = request.trace;
+  auto running = Start(std::move(request));
+  ASSERT_TRUE(running.sink->WaitEnd());
+  ExpectNothingLeft();
+  std::map<Phase, PhaseRecord> phases;
+  for (const PhaseRecord& phase : trace->View().phases) {
+    EXPECT_TRUE(phases.emplace(phase.phase, phase).second) << PhaseName(phase.phase) << " twice";
+  }
+  const uint64_t whole = phases[Phase::kGeneration].span;
+  for (const Phase phase :
+       {Phase::kQueue, Phase::kPlacement, Phase::kReserve, Phase::kPrefill, Phase::kHandoff, Phase::kDecode}) {
+    SCOPED_TRACE(PhaseName(phase));
+    ASSERT_TRUE(phases.contains(phase));
+    EXPECT_FALSE(phases[phase].open());
+    EXPECT_EQ(phases[phase].parent, whole);
+    EXPECT_EQ(phases[phase].code, absl::StatusCode::kOk);
+  }
+  EXPECT_EQ(phases[Phase::kReserve].worker, "d0");
+  EXPECT_EQ(phases[Phase::kPrefill].worker, "p0");
+  EXPECT_LE(phases[Phase::kQueue].end, phases[Phase::kReserve].end);
+  EXPECT_LE(phases[Phase::kReserve].end, phases[Phase::kPrefill].begin);
+  EXPECT_LE(phases[Phase::kPrefill].end, phases[Phase::kDecode].begin);
+}
+
+TEST_F(RequestFlowTest, AFailureIsInTheRecordByItsStatus) {
+  Set([](Script& s) { s.hold_commit = true; });
+  Open();
+  Join();
+  TraceLog log({});
+  GenerationRequest request = Request(5);
+  request.trace = log.Begin("mine", "test", "", absl::UnixEpoch());
+  const auto trace = request.trace;
+  auto running = Start(std::move(request));
+  ASSERT_TRUE(running.sink->WaitTokens(1));
+  Die(decode_connection_);
+  ASSERT_TRUE(running.sink->WaitEnd());
+  for (const PhaseRecord& phase : trace->View().phases) {
+    if (phase.phase == Phase::kRequest) continue;  // the front's to close
+    EXPECT_FALSE(phase.open()) << PhaseName(phase.phase);
+    const bool failed = phase.phase == Phase::kGeneration || phase.phase == Phase::kDecode;
+    EXPECT_EQ(phase.code, failed ? absl::StatusCode::kUnavailable : phase.code) << PhaseName(phase.phase);
+  }
+}
+
+TEST_F(RequestFlowTest, JoinsAreCounted) {
+  Open();
+  Join();
+  std::this_thread::sleep_for(milliseconds(250));  // two sweeps
+  EXPECT_EQ(CounterFamily(prometheus_, "millrace_router_worker_joins_total").Add({}).Value(), 2);
 }
 
 TEST_F(RequestFlowTest, FirstTokenDoesNotWaitForTheHandoff) {

@@ -7,20 +7,23 @@
 #include <string>
 #include <utility>
 
+#include "services/common/metrics.h"
+
 namespace millrace::router {
 namespace {
 
-prometheus::Counter& Counter(prometheus::Registry& registry, const char* name, const char* help) {
-  return prometheus::BuildCounter().Name(name).Help(help).Register(registry).Add({});
+prometheus::Counter& Counter(prometheus::Registry& registry, const char* name) {
+  return CounterFamily(registry, name).Add({});
 }
-prometheus::Gauge& Gauge(prometheus::Registry& registry, const char* name, const char* help) {
-  return prometheus::BuildGauge().Name(name).Help(help).Register(registry).Add({});
+prometheus::Gauge& Gauge(prometheus::Registry& registry, const char* name) {
+  return GaugeFamily(registry, name).Add({});
 }
-// Phases last from under a millisecond on a demo to minutes on a full queue.
-prometheus::Histogram& Seconds(prometheus::Registry& registry, const char* name, const char* help) {
-  return prometheus::BuildHistogram().Name(name).Help(help).Register(registry).Add(
-      {}, prometheus::Histogram::BucketBoundaries{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60,
-                                                  150});
+prometheus::Histogram& Seconds(prometheus::Registry& registry, const char* name) {
+  return HistogramFamily(registry, name).Add({}, PhaseBuckets());
+}
+prometheus::Gauge& Waiting(prometheus::Registry& registry, const char* reason) {
+  return GaugeFamily(registry, "millrace_queue_requests")
+      .Add({{"role", "router"}, {"stage", "placement"}, {"reason", reason}});
 }
 
 std::string_view RoleWord(v1::Role role) {
@@ -30,35 +33,31 @@ std::string_view RoleWord(v1::Role role) {
 }  // namespace
 
 FlowMetrics::FlowMetrics(prometheus::Registry& registry)
-    : ends_(prometheus::BuildCounter()
-                .Name("millrace_router_generations_total")
-                .Help("Generations ended, by how")
-                .Register(registry)),
-      refusals_(prometheus::BuildCounter()
-                    .Name("millrace_router_refusals_total")
-                    .Help("Generations refused before anything was asked of a worker, by code")
-                    .Register(registry)),
-      workers_(prometheus::BuildGauge()
-                   .Name("millrace_router_workers")
-                   .Help("Workers whose Join stream is open, by role and state")
-                   .Register(registry)),
-      handoff_bytes_(Counter(registry, "millrace_router_handoff_bytes_total", "Bytes of state handed from P to D")),
-      handoff_resent_(
-          Counter(registry, "millrace_router_handoff_resent_extents_total", "Extents sent again to repair a hand-off")),
-      handoff_seconds_(Seconds(registry, "millrace_router_handoff_seconds", "First token to verified state")),
-      generations_open(Gauge(registry, "millrace_router_generations_open", "Generations not yet ended")),
-      generations_queued(Gauge(registry, "millrace_router_generations_queued", "Generations waiting for a place")),
-      attempts_open(
-          Gauge(registry, "millrace_router_attempts_open", "Attempts not yet confirmed gone at both of their workers")),
-      queue_seconds(Seconds(registry, "millrace_router_queue_seconds", "Acceptance to placement")),
-      prefill_seconds(Seconds(registry, "millrace_router_prefill_seconds", "Placement to first token")),
-      requeues(Counter(registry, "millrace_router_requeues_total", "Placements that a worker refused after all")),
-      tokens(Counter(registry, "millrace_router_tokens_total", "Tokens forwarded to fronts")),
-      tokens_repeated(Counter(registry, "millrace_router_tokens_repeated_total", "Tokens dropped as forwarded before")),
-      aborts_unanswered(
-          Counter(registry, "millrace_router_aborts_unanswered_total", "Aborts given up without an answer")),
-      worker_joins(Counter(registry, "millrace_router_worker_joins_total", "Workers that joined")),
-      worker_deaths(Counter(registry, "millrace_router_worker_deaths_total", "Workers that left or fell silent")) {}
+    : ends_(CounterFamily(registry, "millrace_router_generations_total")),
+      refusals_(CounterFamily(registry, "millrace_router_refusals_total")),
+      workers_(GaugeFamily(registry, "millrace_router_workers")),
+      cache_pages_(GaugeFamily(registry, "millrace_router_cache_pages")),
+      waiting_capacity_(Waiting(registry, "capacity")),
+      waiting_workers_(Waiting(registry, "workers")),
+      handoff_bytes_(Counter(registry, "millrace_router_handoff_bytes_total")),
+      handoff_resent_(Counter(registry, "millrace_router_handoff_resent_extents_total")),
+      handoff_seconds_(Seconds(registry, "millrace_router_handoff_seconds")),
+      generations_open(Gauge(registry, "millrace_router_generations_open")),
+      attempts_open(Gauge(registry, "millrace_router_attempts_open")),
+      queue_seconds(Seconds(registry, "millrace_router_queue_seconds")),
+      decision_seconds(HistogramFamily(registry, "millrace_router_decision_seconds").Add({}, DecisionBuckets())),
+      reserve_seconds(HistogramFamily(registry, "millrace_handoff_phase_seconds")
+                          .Add({{"role", "router"}, {"phase", "reserve"}}, PhaseBuckets())),
+      prefill_seconds(Seconds(registry, "millrace_router_prefill_seconds")),
+      generation_seconds(
+          HistogramFamily(registry, "millrace_router_generation_seconds").Add({}, RequestDurationBuckets())),
+      requeues(Counter(registry, "millrace_router_requeues_total")),
+      tokens(Counter(registry, "millrace_router_tokens_total")),
+      tokens_repeated(Counter(registry, "millrace_router_tokens_repeated_total")),
+      aborts_unanswered(Counter(registry, "millrace_router_aborts_unanswered_total")),
+      worker_deaths(Counter(registry, "millrace_router_worker_deaths_total")),
+      generations_queued_(Gauge(registry, "millrace_router_generations_queued")),
+      worker_joins_(Counter(registry, "millrace_router_worker_joins_total")) {}
 
 void FlowMetrics::CountEnd(std::string_view outcome) { ends_.Add({{"outcome", std::string(outcome)}}).Increment(); }
 
@@ -69,6 +68,14 @@ void FlowMetrics::CountHandoff(int64_t bytes, int64_t resent_extents, double sec
   handoff_resent_.Increment(static_cast<double>(resent_extents));
   handoff_seconds_.Observe(seconds);
 }
+
+void FlowMetrics::SetQueued(size_t queued, bool for_workers) {
+  generations_queued_.Set(static_cast<double>(queued));
+  waiting_capacity_.Set(for_workers ? 0 : static_cast<double>(queued));
+  waiting_workers_.Set(for_workers ? static_cast<double>(queued) : 0);
+}
+
+void FlowMetrics::SetJoins(int64_t joins) { RaiseTo(worker_joins_, static_cast<double>(joins)); }
 
 void FlowMetrics::SetWorkers(const ClusterSnapshot& snapshot, std::chrono::steady_clock::time_point now) {
   // Every combination is set each time, so that a state nobody is in reads 0 instead of its last value.
@@ -91,6 +98,17 @@ void FlowMetrics::SetWorkers(const ClusterSnapshot& snapshot, std::chrono::stead
   }
   for (const auto& [labels, count] : counts) {
     workers_.Add({{"role", std::string(labels.first)}, {"state", std::string(labels.second)}}).Set(count);
+  }
+  for (const v1::Role role : {v1::ROLE_PREFILL, v1::ROLE_DECODE}) {
+    double total = 0, free = 0;
+    for (const WorkerView& worker : snapshot.workers) {
+      if (worker.role != role || !worker.Serving()) continue;
+      total += static_cast<double>(worker.serves.capacity().pages_total());
+      free += static_cast<double>(worker.status.pages_free());
+    }
+    const std::string word(RoleWord(role));
+    cache_pages_.Add({{"role", word}, {"state", "free"}}).Set(free);
+    cache_pages_.Add({{"role", word}, {"state", "owned"}}).Set(total - free);
   }
 }
 

@@ -19,8 +19,8 @@
 #include "engine/text/tokenizer.h"
 #include "services/common/metrics.h"
 #include "services/common/rpc.h"
-#include "services/common/software.h"
 #include "services/common/startup_watch.h"
+#include "services/common/trace_export.h"
 #include "services/router/cluster_service.h"
 #include "services/router/cluster_status.h"
 #include "services/router/http_server.h"
@@ -52,7 +52,15 @@ class RouterProcessImpl final : public RouterProcess {
     RETURN_IF_ERROR(LoadModel());
     http_metrics_.emplace(registry_metrics_, model_.id);
     flow_metrics_.emplace(registry_metrics_);
+    SetBuildInfo(registry_metrics_);
+    SetModelInfo(registry_metrics_, {.role = "router",
+                                     .model = model_.id,
+                                     .device = {},
+                                     .numerics = config.model().numerics(),
+                                     .kernel_set = {},
+                                     .compat_hash = {}});
     const IncarnationId self = IncarnationId::Random();
+    OpenTraces();
     const v1::TimerSection& timers = config.timers();
     registry_.emplace(RegistryOptions{.router = self,
                                       .heartbeat = milliseconds(timers.heartbeat_ms()),
@@ -134,6 +142,24 @@ class RouterProcessImpl final : public RouterProcess {
     return absl::OkStatus();
   }
 
+  // Records are kept for whoever asks; they leave this process only where a collector is named.
+  void OpenTraces() {
+    TraceLogOptions options;
+    if (const v1::TracingSection& section = config_.tracing(); !section.otlp_endpoint().empty()) {
+      TraceExporterOptions exporter;
+      exporter.endpoint = section.otlp_endpoint();
+      exporter.max_queued_spans = section.max_queued_spans();
+      exporter.role = "router";
+      exporter.instance = "router";
+      exporter.version = kVersion;
+      exporter.model = model_.id;
+      exporter_.emplace(std::move(exporter), &registry_metrics_);
+      options.sample_ratio = section.sample_ratio();
+      options.on_sampled = [this](const TraceView& view) { exporter_->Export(view); };
+    }
+    traces_.emplace(std::move(options));
+  }
+
   absl::Status OpenInternal() {
     RpcServerOptions options;
     options.listen = config_.router().control_listen();
@@ -151,10 +177,12 @@ class RouterProcessImpl final : public RouterProcess {
     OpenAiApiOptions api;
     api.model = model_;
     api.limits = limits;
-    api.version = kSoftware;
+    api.version = absl::StrCat("millrace ", kVersion);
     api.generations = &*flow_;
     api.registry = &registry_metrics_;
     api.metrics = &*http_metrics_;
+    api.traces = &*traces_;
+    api.metric_names.assign(config_.metrics().compatibility().begin(), config_.metrics().compatibility().end());
     api.status = [this] { return ClusterJson(); };
     api.drain_worker = [this](const std::string& name) {
       absl::Status status;
@@ -175,6 +203,7 @@ class RouterProcessImpl final : public RouterProcess {
       service.model = model_;
       service.limits = limits;
       service.generations = &*flow_;
+      service.traces = &*traces_;
       service.numerics = NumericsName(numerics_);
       inference_ = std::make_unique<RouterService>(std::move(service));
       RpcServerOptions options;
@@ -192,7 +221,7 @@ class RouterProcessImpl final : public RouterProcess {
     return Json{{"ready", ready.ok()},
                 {"reason", std::string(ready.message())},
                 {"open_generations", flow_->open_generations()},
-                {"queued_generations", static_cast<int64_t>(flow_metrics_->generations_queued.Value())},
+                {"queued_generations", flow_metrics_->queued()},
                 {"open_attempts", flow_->open_attempts()},
                 {"tokens_forwarded", static_cast<int64_t>(flow_metrics_->tokens.Value())},
                 {"cache", cache_json_},
@@ -225,6 +254,8 @@ class RouterProcessImpl final : public RouterProcess {
   prometheus::Registry registry_metrics_;
   std::optional<HttpMetrics> http_metrics_;
   std::optional<FlowMetrics> flow_metrics_;
+  std::optional<TraceExporter> exporter_;
+  std::optional<TraceLog> traces_;
   EventLoop loop_{"router-loop"};
   std::optional<WorkerRegistry> registry_;
   std::optional<RequestFlow> flow_;

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
+#include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/grpc_status.h"
 #include "services/common/http_status.h"
@@ -109,14 +110,16 @@ bool Empty(const v1::ChatEvent& event) {
 template <typename Event>
 class CallReactor final : public grpc::ServerWriteReactor<Event>, public GenerationSink {
  public:
-  CallReactor(grpc::CallbackServerContext* context, std::shared_ptr<RouterService::Running> running, bool all_tokens)
-      : context_(context), running_(std::move(running)), all_tokens_(all_tokens) {}
+  CallReactor(grpc::CallbackServerContext* context, std::shared_ptr<RouterService::Running> running, bool all_tokens,
+              TraceLog* traces)
+      : context_(context), running_(std::move(running)), all_tokens_(all_tokens), traces_(traces) {}
 
   // Never fails: what is wrong becomes the call's status.
   void Start(std::shared_ptr<CallReactor> self, std::string request_id, absl::StatusOr<ApiRequest> request,
              const text::Tokenizer& tokenizer, GenerationService& generations) {
     self_ = std::move(self);
     if (request_id.empty()) request_id = NewRequestId();
+    BeginTrace(request_id);
     if (!request.ok()) return End(request.status());
     const std::weak_ptr<CallReactor> weak = self_;
     if (!running_->Add(request_id, this, [weak] {
@@ -132,6 +135,7 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     GenerationRequest generation;
     // Unique even if the caller uses an id again.
     generation.request_id = request_id;
+    generation.trace = trace_;
     generation.prompt_ids = request_.prompts.front();
     generation.sampling = request_.sampling;
     if (!request_.has_seed) generation.sampling.seed = std::random_device{}();
@@ -208,6 +212,15 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
   }
 
  private:
+  void BeginTrace(const std::string& request_id) {
+    if (traces_ == nullptr) return;
+    const auto& metadata = context_->client_metadata();
+    const auto header = metadata.find("traceparent");
+    const std::string_view parent =
+        header == metadata.end() ? "" : std::string_view(header->second.data(), header->second.size());
+    trace_ = traces_->Begin(request_id, all_tokens_ ? "millrace.v1.Inference/Generate" : "millrace.v1.Inference/Chat",
+                            parent, MonotonicNow());
+  }
   void Complete(v1::FinishReason reason) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     Event rest;
     FillDelta(text_->Finish(), &rest);
@@ -235,6 +248,13 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
     if (ended_) return;
     ended_ = true;
     running_->Remove(request_id_, this);  // there is nothing left to abort
+    if (trace_ != nullptr) {
+      if (!request_.prompts.empty()) {
+        trace_->AddNumber(0, "input_tokens", static_cast<int64_t>(request_.prompts.front().size()));
+      }
+      trace_->AddNumber(0, "output_tokens", completion_tokens_);
+      trace_->Close(MonotonicNow(), status.code());
+    }
     if (!status.ok()) events_.clear();
     end_ = std::move(status);
     WriteNext();
@@ -268,7 +288,9 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
   grpc::CallbackServerContext* const context_;
   const std::shared_ptr<RouterService::Running> running_;
   const bool all_tokens_;
-  std::shared_ptr<CallReactor> self_;  // until OnDone
+  TraceLog* const traces_;
+  std::shared_ptr<RequestTrace> trace_;  // set before anything can end the call
+  std::shared_ptr<CallReactor> self_;    // until OnDone
   std::string request_id_;
   ApiRequest request_;
   uint64_t seed_ = 0;
@@ -302,7 +324,7 @@ RouterService::~RouterService() = default;
 
 grpc::ServerWriteReactor<v1::GenerateEvent>* RouterService::Generate(grpc::CallbackServerContext* context,
                                                                      const v1::GenerateRequest* request) {
-  auto call = std::make_shared<CallReactor<v1::GenerateEvent>>(context, running_, /*all_tokens=*/true);
+  auto call = std::make_shared<CallReactor<v1::GenerateEvent>>(context, running_, /*all_tokens=*/true, options_.traces);
   call->Start(call, request->request_id(), FromGenerate(*request, options_.model, options_.limits),
               *options_.model.tokenizer, *options_.generations);
   return call.get();
@@ -310,7 +332,7 @@ grpc::ServerWriteReactor<v1::GenerateEvent>* RouterService::Generate(grpc::Callb
 
 grpc::ServerWriteReactor<v1::ChatEvent>* RouterService::Chat(grpc::CallbackServerContext* context,
                                                              const v1::ChatRequest* request) {
-  auto call = std::make_shared<CallReactor<v1::ChatEvent>>(context, running_, /*all_tokens=*/false);
+  auto call = std::make_shared<CallReactor<v1::ChatEvent>>(context, running_, /*all_tokens=*/false, options_.traces);
   call->Start(call, request->request_id(), FromChat(*request, options_.model, options_.limits),
               *options_.model.tokenizer, *options_.generations);
   return call.get();

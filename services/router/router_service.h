@@ -26,6 +26,7 @@ struct RouterServiceOptions {
   std::string numerics;  // for ListModels
   ApiLimits limits;
   GenerationService* generations = nullptr;  // must outlive the server
+  TraceLog* traces = nullptr;                // where calls' time is recorded; must outlive the server; may be null
 };
 
 class RouterService final : public v1::Inference::CallbackService {

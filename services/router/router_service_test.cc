@@ -45,6 +45,7 @@ class RouterServiceTest : public ::testing::Test {
                      .tokenizer = tokenizer_};
     options.numerics = "release";
     options.generations = &generations_;
+    options.traces = &traces_;
     service_ = std::make_unique<RouterService>(std::move(options));
     server_ =
         *RpcServer::Start({.listen = "127.0.0.1:0", .max_receive_bytes = kMaxPublicMessageBytes}, {service_.get()});
@@ -131,6 +132,7 @@ class RouterServiceTest : public ::testing::Test {
 
   static text::Tokenizer* tokenizer_;
   FakeGenerationService generations_;
+  TraceLog traces_{{}};
   std::unique_ptr<RouterService> service_;
   std::unique_ptr<RpcServer> server_;
   std::unique_ptr<v1::Inference::Stub> stub_;
@@ -153,6 +155,28 @@ TEST_F(RouterServiceTest, GenerateStreamsTokensThenOneEnd) {
   EXPECT_EQ(out.end.request_id(), "mine");
   EXPECT_EQ(out.end.usage().completion_tokens(), out.tokens.size());
   EXPECT_EQ(generations_.requests()[0].sampling.seed, 18446744073709551615u);
+}
+
+TEST_F(RouterServiceTest, ACallersTraceGoesOn) {
+  v1::GenerateRequest request;
+  request.set_request_id("traced");
+  request.set_text("Hi");
+  grpc::ClientContext context;
+  context.AddMetadata("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+  auto reader = stub_->Generate(&context, request);
+  v1::GenerateEvent event;
+  while (reader->Read(&event)) {
+  }
+  ASSERT_TRUE(reader->Finish().ok());
+  const auto view = traces_.Find("traced");
+  ASSERT_TRUE(view.has_value());
+  EXPECT_TRUE(view->closed);
+  EXPECT_TRUE(view->sampled);
+  EXPECT_EQ(view->trace_high, 0x0af7651916cd43ddu);
+  EXPECT_EQ(view->phases[0].parent, 0xb7ad6b7169203331u);
+  EXPECT_EQ(view->phases[0].code, absl::StatusCode::kOk);
+  EXPECT_THAT(view->phases[0].numbers,
+              ::testing::Contains(::testing::Pair(::testing::StrEq("output_tokens"), ::testing::Gt(0))));
 }
 
 TEST_F(RouterServiceTest, IdsAreTakenAsTheyAreAndMaxTokensFillsTheContext) {

@@ -134,6 +134,8 @@ class Document(unittest.TestCase):
         allowed.update(ModelSection=properties["model"]["properties"],
                        TransferSection=properties["transfer"]["properties"],
                        TimerSection=properties["timers"]["properties"],
+                       MetricsSection=properties["metrics"]["properties"],
+                       TracingSection=properties["tracing"]["properties"],
                        WorkerSection=schema["definitions"]["worker"]["properties"])
         for message, keys in allowed.items():
             with self.subTest(message):

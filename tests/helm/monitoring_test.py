@@ -57,6 +57,20 @@ def panels():
                 yield name, panel
 
 
+def catalogue():
+    """What docs/metrics.md says, by name; it is written from the code."""
+    metrics = {}
+    with open(os.path.join(ROOT, "docs/metrics.md")) as source:
+        for line in source:
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            if len(cells) != 6 or not cells[0].startswith("`"):
+                continue
+            roles = {"router", "prefill", "decode", "expert"} if cells[4] == "all" else set(cells[4].split(", "))
+            metrics[cells[0].strip("`")] = {"type": cells[1], "labels": set(filter(None, cells[3].split(", "))),
+                                            "roles": roles}
+    return metrics
+
+
 def metric_names(expression):
     return set(re.findall(r"\bmillrace_[a-z0-9_]+", expression))
 
@@ -169,6 +183,10 @@ class Scrape(unittest.TestCase):
             cls.calm(seconds=3)
             cls.crowd(seconds=5)
             time.sleep(2)  # two scrapes more: what a counter did last must be in a rate
+        if os.environ.get("MILLRACE_PICTURES"):
+            sys.path.insert(0, os.path.join(ROOT, "deploy/grafana"))
+            import draw
+            draw.draw_all(f"http://127.0.0.1:{cls.port}", os.environ["MILLRACE_PICTURES"], 1.0)
 
     @classmethod
     def start_prometheus(cls):
@@ -304,6 +322,44 @@ class Scrape(unittest.TestCase):
                     continue
                 with self.subTest(f"{rule['alert']}: {''.join(selector)}"):
                     self.assertTrue(self.query("".join(selector)))
+
+    def test_what_is_exposed_is_what_the_reference_says(self):
+        reference = catalogue()
+        for process, text in self.scrape().items():
+            role = re.sub(r"-\d$", "", process)
+            types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.M))
+            for name, kind in types.items():
+                with self.subTest(f"{process}: {name}"):
+                    self.assertIn(name, reference)
+                    self.assertEqual(reference[name]["type"], kind)
+                    self.assertIn(role, reference[name]["roles"])
+            for line in text.splitlines():
+                if line.startswith("#") or "{" not in line:
+                    continue
+                name, labels = re.match(r"(\w+)\{(.*)\} ", line).groups()
+                found = set(re.findall(r'(?:^|,)(\w+)="', labels)) - {"le"}
+                # The router has no worker label where workers have one.
+                self.assertIn(reference[family(name)]["labels"] - found, (set(), {"worker"}), line)
+                self.assertLessEqual(found, reference[family(name)]["labels"], line)
+
+    def test_what_the_reference_says_is_exposed(self):
+        text = self.scrape()
+        for name, metric in catalogue().items():
+            # Counters by a word of their own begin with their first event; a card and a collector are not here.
+            if metric["type"] == "counter" and metric["labels"] - {"role", "worker", "model", "direction"}:
+                continue
+            if name in ("millrace_device_memory_bytes", "millrace_trace_spans_total"):
+                continue
+            for process in text:
+                if re.sub(r"-\d$", "", process) in metric["roles"]:
+                    with self.subTest(f"{process}: {name}"):
+                        self.assertIn(f"# TYPE {name} ", text[process])
+
+    def test_names_and_help_are_as_prometheus_wants_them(self):
+        for process, text in self.scrape().items():
+            done = subprocess.run([PROMTOOL, "check", "metrics"], input=text, capture_output=True, text=True)
+            with self.subTest(process):
+                self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
 
     def test_a_process_stays_below_its_share_of_series(self):
         for name, text in self.scrape().items():

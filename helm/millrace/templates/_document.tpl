@@ -2,7 +2,7 @@
 SPDX-License-Identifier: Apache-2.0
 The one JSON document that every process reads, in the ConfigMap as the binary validates it (docs/configuration.md).
 
-The values give `model`, `transfer`, `timers` and each role's `config` in the document's own spelling; here the addresses
+The values give `model`, `transfer`, `timers`, `metrics`, `tracing` and each role's `config` in the document's own spelling; here the addresses
 and one entry per pod are added. An entry has the name of its pod, so that a pod finds itself by --name and is the same
 worker after a restart.
 */}}
@@ -84,6 +84,9 @@ dict "root" $ "index" i */}}
   "decode" (include "millrace.entries" (dict "root" . "role" "decode") | fromJsonArray)
   "transfer" (include "millrace.present" .Values.transfer | fromJson)
   "timers" (include "millrace.present" .Values.timers | fromJson) -}}
+{{- range $section := list "metrics" "tracing" -}}
+{{- with include "millrace.present" (index $.Values $section) | fromJson -}}{{- $_ := set $document $section . -}}{{- end -}}
+{{- end -}}
 {{- if int .Values.expert.replicas -}}
 {{- $_ := set $document "expert" (include "millrace.entries" (dict "root" . "role" "expert") | fromJsonArray) -}}
 {{- end -}}
@@ -94,7 +97,7 @@ dict "root" $ "index" i */}}
 prefill or decode workers restarts nobody, another number of experts the pool. dict "root" $ "role" name */}}
 {{- define "millrace.roleChecksum" -}}
 {{- $document := include "millrace.document" .root | fromJson -}}
-{{- $part := pick $document "model" "router" "transfer" "timers" -}}
+{{- $part := pick $document "model" "router" "transfer" "timers" "metrics" "tracing" -}}
 {{- $_ := set $part "pool" (hasKey $document "expert") -}}
 {{- if ne .role "router" -}}{{- $_ := set $part "router" (pick $document.router "control_address") -}}{{- end -}}
 {{- if eq .role "expert" -}}
