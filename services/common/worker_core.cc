@@ -20,7 +20,6 @@
 #include "services/common/generation_spec.h"
 #include "services/common/metrics.h"
 #include "services/common/model_notice.h"
-#include "services/common/software.h"
 #include "spdlog/spdlog.h"
 
 namespace millrace {

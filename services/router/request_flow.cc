@@ -186,7 +186,13 @@ void RequestFlow::PlaceQueued(TimePoint now) {
       continue;
     }
     if (RequestTrace* const trace = flow->request.trace.get()) {
-      trace->End(BeginPhase(*flow, Phase::kPlacement, asked), FromSteady(decided));
+      const std::string chosen =
+          absl::StrCat(snapshot.workers[pair->prefill].name, ", ", snapshot.workers[pair->decode].name);
+      trace->End(BeginPhase(*flow, Phase::kPlacement, asked, chosen), FromSteady(decided), absl::StatusCode::kOk,
+                 {{"prefill_fit", pair->prefill_fit},
+                  {"prefill_waiting_tokens", pair->prefill_waiting_tokens},
+                  {"decode_fit", pair->decode_fit},
+                  {"decode_use_percent", static_cast<int64_t>(100 * pair->decode_use)}});
     }
     StartAttempt(*flow, snapshot.workers[pair->prefill], snapshot.workers[pair->decode], now);
   }
@@ -562,6 +568,7 @@ void RequestFlow::Requeue(Flow& flow, const absl::Status& why, TimePoint now) {
   flow.attempt = 0;
   flow.last_refusal = why;
   const FlowId id = flow.id;
+  if (attempt != nullptr) EndPhasesOf(*attempt, why.code(), now);
   if (attempt != nullptr) Close(*attempt, now);
   flow.queue_span = BeginPhase(flow, Phase::kQueue, now);
   queue_.push_front(id);
@@ -610,6 +617,13 @@ uint64_t RequestFlow::BeginPhase(const Flow& flow, Phase phase, TimePoint now, c
 void RequestFlow::EndPhases(Flow& flow, absl::StatusCode code, TimePoint now) {
   if (flow.request.trace == nullptr) return;
   flow.request.trace->EndWithin(flow.generation_span, FromSteady(now), code, {{"tokens", flow.next_index}});
+}
+
+void RequestFlow::EndPhasesOf(Attempt& attempt, absl::StatusCode code, TimePoint now) {
+  if (attempt.trace == nullptr) return;
+  for (const uint64_t span : {attempt.prefill_span, attempt.handoff_span, attempt.decode_span}) {
+    if (span != 0) attempt.trace->End(span, FromSteady(now), code);
+  }
 }
 
 LogScope RequestFlow::About(const Attempt& attempt) {

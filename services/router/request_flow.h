@@ -186,7 +186,8 @@ class RequestFlow final : public GenerationService {
 
   // Phases of the request's trace; nothing without one. `worker`: who does it, if not the router.
   static uint64_t BeginPhase(const Flow& flow, Phase phase, TimePoint now, const std::string& worker = "");
-  static void EndPhases(Flow& flow, absl::StatusCode code, TimePoint now);  // all that are open
+  static void EndPhases(Flow& flow, absl::StatusCode code, TimePoint now);          // all that are open
+  static void EndPhasesOf(Attempt& attempt, absl::StatusCode code, TimePoint now);  // of one that failed
   static LogScope About(const Attempt& attempt);
 
   Flow* FindFlow(FlowId id);

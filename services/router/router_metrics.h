@@ -24,6 +24,7 @@ class FlowMetrics {
   void CountEnd(std::string_view outcome);   // "stop", "length", or the word of a status code: "unavailable"
   void CountRefusal(std::string_view code);  // never entered the cluster; the ApiError's code
   void CountHandoff(int64_t bytes, int64_t resent_extents, double seconds);
+  int64_t queued() const { return static_cast<int64_t>(generations_queued_.Value()); }
   void SetQueued(size_t queued, bool for_workers);  // what the head of the queue waits for: workers, else capacity
   double queued() const { return generations_queued_.Value(); }
   void SetJoins(int64_t joins);                     // since start

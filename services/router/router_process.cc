@@ -19,7 +19,6 @@
 #include "engine/text/tokenizer.h"
 #include "services/common/metrics.h"
 #include "services/common/rpc.h"
-#include "services/common/software.h"
 #include "services/common/startup_watch.h"
 #include "services/router/api_keys.h"
 #include "services/common/trace_export.h"
@@ -229,7 +228,7 @@ class RouterProcessImpl final : public RouterProcess {
     OpenAiApiOptions api;
     api.model = model_;
     api.limits = limits;
-    api.version = kSoftware;
+    api.version = absl::StrCat("millrace ", kVersion);
     api.generations = &*flow_;
     api.registry = &registry_metrics_;
     api.metrics = &*http_metrics_;
@@ -282,7 +281,7 @@ class RouterProcessImpl final : public RouterProcess {
     return Json{{"ready", ready.ok()},
                 {"reason", std::string(ready.message())},
                 {"open_generations", flow_->open_generations()},
-                {"queued_generations", static_cast<int64_t>(flow_metrics_->queued())},
+                {"queued_generations", flow_metrics_->queued()},
                 {"open_attempts", flow_->open_attempts()},
                 {"tokens_forwarded", static_cast<int64_t>(flow_metrics_->tokens.Value())},
                 {"cache", cache_json_},

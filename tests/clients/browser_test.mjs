@@ -113,6 +113,27 @@ test("with the keyboard alone: asked, and stopped in the middle", async () => {
   }
 });
 
+test("a request is explained: why that pair, where its time went", async () => {
+  await open();
+  await page.fill("#prompt", "Spell the word river.");
+  await page.click("#send");
+  await page.waitForFunction(() => document.querySelector("#answer-facts").textContent.includes("first after"));
+  const id = (await textOf("#answer-facts")).match(/req-[0-9a-f]{24}/)[0];
+  await page.getByRole("button", { name: id }).click();
+  assert.equal(await textOf("#explain-title"), id);
+  assert.match(await textOf("#explain-facts"), /POST \/v1\/chat\/completions: ok, 200 after [\d.]+ ms/);
+  const phases = await page.locator("#explain-phases tbody tr td:first-child").allTextContents();
+  for (const phase of ["queue", "placement", "reserve", "prefill", "handoff", "decode"]) assert.ok(phases.includes(phase));
+  assert.match(await textOf("#explain-phases"), /prefill workers with room it had the fewest prompt tokens waiting/);
+  await page.evaluate(axe);
+  const found = await page.evaluate(async () => (await globalThis.axe.run()).violations.map((rule) => rule.id));
+  assert.deepEqual(found, []);
+  if (process.env.MILLRACE_SHOTS) await page.screenshot({ path: `${process.env.MILLRACE_SHOTS}/explain.png` });
+  await page.keyboard.press("Escape");
+  assert.equal(await page.isVisible("#explain-dialog"), false);
+  assert.deepEqual([complaints, foreign], [[], []]);
+});
+
 test("an error is shown as one, and a refused prompt is no end", async () => {
   await open();
   await page.fill("#max-tokens", "99999");

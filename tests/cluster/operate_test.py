@@ -110,6 +110,51 @@ class Operate(unittest.TestCase):
         self.assertTrue(text.startswith(b"\033[?1049h"), text[:40])
         self.assertTrue(text.rstrip().endswith(b"\033[?1049l"), text[-40:])
 
+    def ask(self, request_id, **options):
+        body = {"model": "demo", "prompt": [11] * 600, "max_tokens": 12, "temperature": 0, "ignore_eos": True, **options}
+        return self.cluster.post("/v1/completions", body, {"x-request-id": request_id})[0]
+
+    def explain(self, request_id):
+        done = millrace("explain", request_id, "--json", *self.operator)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return json.loads(done.stdout)
+
+    def test_explain_says_where_a_requests_time_went(self):
+        name = "order/7?x=1"
+        self.assertEqual(self.ask(name), 200)
+        request = self.explain(name)
+        self.assertEqual((request["state"], request["outcome"], request["http_status"]), ("ended", "ok", 200))
+        self.assertEqual((request["input_tokens"], request["output_tokens"], request["attempts"]), (600, 12, 1))
+        self.assertGreater(request["bytes_moved"], 4 * 43008)  # four whole pages and the rest
+        phases = {phase["name"]: phase for phase in request["phases"]}
+        self.assertEqual(phases["prefill"]["worker"], "prefill-0")
+        self.assertIn(phases["decode"]["worker"], ("decode-0", "decode-1"))
+        self.assertRegex(phases["placement"]["detail"], "of 1 prefill worker .* of 2 decode workers")
+        self.assertRegex(phases["prefill"]["detail"], "ms computing 600 tokens")
+        self.assertRegex(phases["handoff"]["detail"], r"in \d+ extents, none sent again")
+        parts = sum(phases[part]["ms"] for part in ("queue", "reserve", "prefill", "decode"))
+        self.assertLessEqual(parts, request["total_ms"] + 0.01)
+        self.assertGreater(parts, request["total_ms"] / 2)  # the rest is the front's and gRPC's
+        told = millrace("explain", name, *self.operator).stdout
+        self.assertIn("choice 0, attempt 1\n", told)
+        self.assertNotIn("\033", told)
+        self.assertIn(name, millrace("explain", *self.operator).stdout.splitlines()[1])
+
+    def test_explain_shows_every_try_and_every_refusal(self):
+        self.cluster.restart("prefill-0", env={"MILLRACE_FAILPOINTS": "p.before_prefill=error(UNAVAILABLE)@1"})
+        self.assertEqual(self.ask("twice"), 200)
+        request = self.explain("twice")
+        self.assertEqual((request["attempts"], request["outcome"]), (2, "ok"))
+        prefills = [phase["outcome"] for phase in request["phases"] if phase["name"] == "prefill"]
+        self.assertEqual(prefills, ["unavailable", "ok"])
+        self.assertIn("tried 2 times", millrace("explain", "twice", *self.operator).stdout)
+        self.assertEqual(self.ask("wrong", max_tokens=-1), 400)
+        request = self.explain("wrong")
+        self.assertEqual((request["http_status"], request["attempts"], request["phases"]), (400, 0, []))
+        done = millrace("explain", "nobody", *self.operator)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("no record", done.stderr)
+
     def test_config_check_counts_what_the_processes_report(self):
         done = millrace("config", "check", self.cluster.config_path, "--json")
         self.assertEqual(done.returncode, 0, done.stderr)
