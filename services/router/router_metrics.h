@@ -26,7 +26,6 @@ class FlowMetrics {
   void CountHandoff(int64_t bytes, int64_t resent_extents, double seconds);
   int64_t queued() const { return static_cast<int64_t>(generations_queued_.Value()); }
   void SetQueued(size_t queued, bool for_workers);  // what the head of the queue waits for: workers, else capacity
-  double queued() const { return generations_queued_.Value(); }
   void SetJoins(int64_t joins);                     // since start
   void SetWorkers(const ClusterSnapshot& snapshot, std::chrono::steady_clock::time_point now);
 
