@@ -3,8 +3,8 @@
 """Writes the tables of README.md and docs/benchmarks.md from the recordings beside this file.
 
 A table stands between `<!-- KIND: FILE.csv ... -->` and `<!-- /KIND -->`. `cpu benchmarks`: rows are chosen and put in words
-here. `gpu kernels`, of OURS.csv and PEER.csv: a row of OURS, the same shape in PEER where it was timed, and the peer's time
-over ours. Figures come from the recordings alone. --check fails if a document is not what this script would write.
+here. `gpu kernels`, of OURS.csv ... and PEER.csv: rows of OURS, the same shape in PEER where it was timed, and the peer's
+time over ours. `gpu engine`: steps and prompts of a whole engine. Figures come from the recordings alone. --check fails if a document is not what this script would write.
 """
 import csv
 import os
@@ -14,7 +14,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 DOCUMENTS = ["README.md", "docs/benchmarks.md"]
-MARKERS = re.compile(r"(<!-- (cpu benchmarks|gpu kernels): ([^>]*?) -->\n).*?(<!-- /\2 -->)", re.S)
+MARKERS = re.compile(r"(<!-- (cpu benchmarks|gpu kernels|gpu engine): ([^>]*?) -->\n).*?(<!-- /\2 -->)", re.S)
 
 # What a row is called, and the goal for a core with AVX-512.
 ROWS = [
@@ -67,23 +67,35 @@ def cpu_table(files):
 
 
 def gpu_table(files):
-    ours, peers = files
-    rows, peer_rows = read(ours), read(peers)
+    rows, peer_rows = [row for name in files[:-1] for row in read(name)], read(files[-1])
     peer = {(row["kernel"], row["shape"]): row for row in peer_rows}
-    lines = [f"| {rows[0]['machine']} | rows x outputs x K | µs (least – greatest) | GB/s | TFLOP/s | cuBLASLt µs | ratio |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [f"| {rows[0]['machine']} | shape | µs (least – greatest) | GB/s | TFLOP/s | of floor | cuBLASLt µs | ratio |",
+             "|---|---|---|---|---|---|---|---|"]
     for row in rows:
-        name, shape = row["shape"].rsplit(" ", 1)
+        name, _, shape = row["shape"].rpartition(" ") if row["kernel"].startswith("linear") else ("", "", row["shape"])
         us, low, high, rate, flops = (float(row[c]) for c in ("us_median", "us_low", "us_high", "gb_s", "tflop_s"))
         other = peer.get((PEER_OF.get(row["kernel"]), shape))
         theirs = f"{float(other['us_median']):,.1f} | {float(other['us_median']) / us:.2f}" if other else " | "
-        lines.append(f"| {row['kernel'].removeprefix('linear ')}, {name} | {shape} | {us:,.1f} ({low:,.1f} – {high:,.1f}) | "
-                     f"{rate:,.0f} | {flops:,.0f} | {theirs} |")
-    lines.append(f"\n`{ours}`: recorded 2026-11-24, commit: {rows[0]['commit']}. `{peers}`: {peer_rows[0]['library']}, the same kind of card.")
+        kernel = row["kernel"].removeprefix("linear ") + (f", {name}" if name else "")
+        lines.append(f"| {kernel} | {shape} | {us:,.1f} ({low:,.1f} – {high:,.1f}) | {rate:,.0f} | {flops:,.0f} | "
+                     f"{float(row['share_of_floor']):.0%} | {theirs} |")
+    lines.append(f"\nRecorded at {rows[0]['commit']}; `{files[-1]}`: {peer_rows[0]['library']}, the same kind of card.")
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"cpu benchmarks": cpu_table, "gpu kernels": gpu_table}
+def engine_table(files):
+    rows = read(files[0])
+    lines = [f"| {rows[0]['machine']}, {rows[0]['layers']} layers of {rows[0]['model']} | batch | context | µs (least – greatest) | tokens/s |",
+             "|---|---|---|---|---|"]
+    for row in rows:
+        us, low, high = (float(row[c]) for c in ("median_us", "min_us", "max_us"))
+        lines.append(f"| {row['what']} | {row['batch']} | {int(row['context']):,} | {us:,.0f} ({low:,.0f} – {high:,.0f}) | "
+                     f"{int(row['tokens_per_s']):,} |")
+    lines.append(f"\n`{files[0]}`: recorded {rows[0]['date']} at {rows[0]['commit']}.")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"cpu benchmarks": cpu_table, "gpu kernels": gpu_table, "gpu engine": engine_table}
 
 
 def main():

@@ -170,7 +170,7 @@ int Run(const Cache& cache, int layer, int64_t rows, bool decode, BenchReport& r
     const Timing timing = TimeLaunches(launches, sets, 7, [&](int set, cudaStream_t stream) {
       batch.Launch(layer, set, 0, rows, may_split, out, stream);
     });
-    report.Add({absl::StrCat("attention ", csa ? "csa" : "hca", may_split ? "" : ", not split"),
+    report.Add({absl::StrCat("attention ", csa ? "csa" : "hca", may_split ? "" : " (not split)"),
                 absl::StrCat("Flash 64K ", decode ? "decode B " : "prefill T ", rows), timing, bytes, flops,
                 kBf16FlopsPerSecond,
                 absl::StrFormat("%s; keys %.0f GB/s",

@@ -78,7 +78,8 @@ TEST(ConfigCheck, ProcessesOfOneMachineAreJudgedTogether) {
   EXPECT_THAT(text, HasSubstr("% of each cache_pages fits"));
   EXPECT_EQ(CheckConfig(config, Demo(), Host(3 * kGiB / 2, false)).errors(), 0);
   EXPECT_TRUE(RunsOnOneMachine(config));
-  EXPECT_FALSE(RunsOnOneMachine(Config(R"("prefill":[{"worker":{"listen":"0.0.0.0:9090"}}],"decode":[{}])")));
+  EXPECT_FALSE(RunsOnOneMachine(
+      Config(R"("prefill":[{"worker":{"listen":"0.0.0.0:9090"}}],"decode":[{}],"security":{"allow_insecure":true})")));
 }
 
 TEST(ConfigCheck, FlashOnOneCardIsTooMuchAndAPoolTakesItsExpertsElsewhere) {
