@@ -11,7 +11,7 @@ import time
 import unittest
 
 import pods
-from chart import ROLES, Rendered, main, values_files
+from chart import ROLES, ROOT, Rendered, main, values_files
 
 # Machines that run tests are slow and shared: bounds are for hangs, not for speed.
 PATIENCE = float(os.environ.get("MILLRACE_TEST_PATIENCE", "120"))
