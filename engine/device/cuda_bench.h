@@ -29,9 +29,6 @@ Timing TimeLaunches(int launches, int sets, int repetitions, const std::function
 // Bytes read plus written a second by a copy of 1 GiB.
 double CopyBytesPerSecond();
 
-// The FP8 tensor cores at the clock a full load holds: twice the measured BF16 product of 8192 cubed on an H200.
-inline constexpr double kFp8FlopsPerSecond = 1.58e15, kBf16FlopsPerSecond = 0.79e15;
-
 // Fills with pseudo-random bytes; every byte b becomes b & and_mask | or_mask.
 void FillRandom(void* data, int64_t bytes, uint32_t seed, uint8_t and_mask, uint8_t or_mask, cudaStream_t stream);
 // Fills with BF16 values of normal magnitude about one.
@@ -41,7 +38,7 @@ void FillRandomBf16(void* data, int64_t count, uint32_t seed, cudaStream_t strea
 struct BenchRow {
   std::string kernel, shape;
   Timing timing;
-  double bytes = 0, flops = 0, flops_per_second = kFp8FlopsPerSecond;
+  double bytes = 0, flops = 0;
   std::string check;  // what was verified in this run
 };
 
@@ -58,5 +55,9 @@ class BenchReport {
   std::string commit_, machine_;
   double copy_rate_;
 };
+
+// The main of a benchmark `NAME [CSV [COMMIT]]`: opens the card and runs `body`, which returns how many rows were
+// wrong.
+int BenchMain(int argc, char** argv, const std::function<int(BenchReport&)>& body);
 
 }  // namespace millrace::cuda

@@ -47,16 +47,10 @@ void Run(int64_t rows, BenchReport& report) {
   };
   const int launches = static_cast<int>(std::clamp(3000.0 / (bytes / 3e6 + 5), 4.0, 200.0));
   report.Add({"mhc joined", absl::StrCat(rows, "x4x", kDim), TimeLaunches(launches, sets, 7, launch), bytes,
-              2.0 * rows * 24 * 4 * kDim, kBf16FlopsPerSecond, "timing only; bits in ops_cuda_test"});
+              2.0 * rows * 24 * 4 * kDim, "timing only; bits in ops_cuda_test"});
 }
 
-int Main(const std::string& csv, const std::string& commit) {
-  const auto device = OpenDevice(0);
-  if (!device.ok()) {
-    std::fprintf(stderr, "%s\n", device.status().ToString().c_str());
-    return 1;
-  }
-  BenchReport report(csv, commit, device->name, CopyBytesPerSecond());
+int RunAll(BenchReport& report) {
   for (const int64_t rows : {1, 8, 64, 512, 4096, 8192}) Run(rows, report);
   return 0;
 }
@@ -64,6 +58,4 @@ int Main(const std::string& csv, const std::string& commit) {
 }  // namespace
 }  // namespace millrace::cuda
 
-int main(int argc, char** argv) {
-  return millrace::cuda::Main(argc > 1 ? argv[1] : "", argc > 2 ? argv[2] : "unknown");
-}
+int main(int argc, char** argv) { return millrace::cuda::BenchMain(argc, argv, millrace::cuda::RunAll); }

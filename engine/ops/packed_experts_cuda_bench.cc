@@ -117,7 +117,6 @@ int Run(const Layer& layer, int64_t tokens, BenchReport& report) {
   const double flops = 6.0 * tokens * kTopK * kHidden * kWidth;
   const int launches = static_cast<int>(std::clamp(6000.0 / (bytes / 3e6 + flops / 1e9), 4.0, 64.0));
   report.Add({"moe fp4 routed", absl::StrCat("Flash B ", tokens), TimeLaunches(launches, sets, 7, launch), bytes, flops,
-              kBf16FlopsPerSecond,
               good      ? "bits equal alone"
               : written ? "BITS DIFFER"
                         : "NOT WRITTEN"});
@@ -134,23 +133,17 @@ int Run(const Layer& layer, int64_t tokens, BenchReport& report) {
                              ExpertGateUp(path, layer.weights, layer.X(), tokens, routing.Weights(0), kTopK, kLimit, w,
                                           132, stream);
                            }),
-              weight_bytes * share, flops * 2 / 3, kBf16FlopsPerSecond, "same weights again: warm if few"});
+              weight_bytes * share, flops * 2 / 3, "same weights again: warm if few"});
   report.Add({"moe fp4 down", absl::StrCat("Flash B ", tokens),
               TimeLaunches(launches, 1, 5,
                            [&](int, cudaStream_t stream) {
                              ExpertDown(path, layer.weights, routing.pairs, w, layer.Out(), 132, stream);
                            }),
-              weight_bytes * (1 - share), flops / 3, kBf16FlopsPerSecond, "same weights again: warm if few"});
+              weight_bytes * (1 - share), flops / 3, "same weights again: warm if few"});
   return good ? 0 : 1;
 }
 
-int Main(const std::string& csv, const std::string& commit) {
-  const auto device = OpenDevice(0);
-  if (!device.ok()) {
-    std::fprintf(stderr, "%s\n", device.status().ToString().c_str());
-    return 1;
-  }
-  BenchReport report(csv, commit, device->name, CopyBytesPerSecond());
+int RunAll(BenchReport& report) {
   const Layer layer;
   int wrong = 0;
   for (const int64_t tokens : {1, 4, 16, 64, 128, 256, 1024, 4096}) wrong += Run(layer, tokens, report);
@@ -160,6 +153,4 @@ int Main(const std::string& csv, const std::string& commit) {
 }  // namespace
 }  // namespace millrace::cuda
 
-int main(int argc, char** argv) {
-  return millrace::cuda::Main(argc > 1 ? argv[1] : "", argc > 2 ? argv[2] : "unknown");
-}
+int main(int argc, char** argv) { return millrace::cuda::BenchMain(argc, argv, millrace::cuda::RunAll); }

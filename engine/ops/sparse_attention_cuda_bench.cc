@@ -172,7 +172,6 @@ int Run(const Cache& cache, int layer, int64_t rows, bool decode, BenchReport& r
     });
     report.Add({absl::StrCat("attention ", csa ? "csa" : "hca", may_split ? "" : " (not split)"),
                 absl::StrCat("Flash 64K ", decode ? "decode B " : "prefill T ", rows), timing, bytes, flops,
-                kBf16FlopsPerSecond,
                 absl::StrFormat("%s; keys %.0f GB/s",
                                 good      ? "bits equal split and whole"
                                 : written ? "BITS DIFFER"
@@ -182,13 +181,7 @@ int Run(const Cache& cache, int layer, int64_t rows, bool decode, BenchReport& r
   return good ? 0 : 1;
 }
 
-int Main(const std::string& csv, const std::string& commit) {
-  const auto device = OpenDevice(0);
-  if (!device.ok()) {
-    std::fprintf(stderr, "%s\n", device.status().ToString().c_str());
-    return 1;
-  }
-  BenchReport report(csv, commit, device->name, CopyBytesPerSecond());
+int RunAll(BenchReport& report) {
   const Cache cache;
   int wrong = 0;
   for (const int layer : {0, 1}) {
@@ -201,6 +194,4 @@ int Main(const std::string& csv, const std::string& commit) {
 }  // namespace
 }  // namespace millrace::cuda
 
-int main(int argc, char** argv) {
-  return millrace::cuda::Main(argc > 1 ? argv[1] : "", argc > 2 ? argv[2] : "unknown");
-}
+int main(int argc, char** argv) { return millrace::cuda::BenchMain(argc, argv, millrace::cuda::RunAll); }

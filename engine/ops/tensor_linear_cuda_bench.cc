@@ -112,18 +112,12 @@ int Run(const Shape& s, bool fp8, BenchReport& report) {
               : s.groups > 1 ? "linear bf16 grouped"
                              : "linear bf16",
               absl::StrCat(s.name, " ", s.rows, "x", s.n, "x", s.k, s.groups > 1 ? absl::StrCat("x", s.groups) : ""),
-              timing, w_bytes + x_bytes + out_bytes, flops, kBf16FlopsPerSecond,
+              timing, w_bytes + x_bytes + out_bytes, flops,
               good ? absl::StrCat("error ", worst) : absl::StrCat("WRONG ", worst)});
   return good ? 0 : 1;
 }
 
-int Main(const std::string& csv, const std::string& commit) {
-  const auto device = OpenDevice(0);
-  if (!device.ok()) {
-    std::fprintf(stderr, "%s\n", device.status().ToString().c_str());
-    return 1;
-  }
-  BenchReport report(csv, commit, device->name, CopyBytesPerSecond());
+int RunAll(BenchReport& report) {
   int wrong = 0;
   // Rows x outputs x K.
   for (const Shape& s :
@@ -152,6 +146,4 @@ int Main(const std::string& csv, const std::string& commit) {
 }  // namespace
 }  // namespace millrace::cuda
 
-int main(int argc, char** argv) {
-  return millrace::cuda::Main(argc > 1 ? argv[1] : "", argc > 2 ? argv[2] : "unknown");
-}
+int main(int argc, char** argv) { return millrace::cuda::BenchMain(argc, argv, millrace::cuda::RunAll); }
