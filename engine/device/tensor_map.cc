@@ -26,10 +26,9 @@ Encode FindEncode() {
 CUtensorMap MakeTensorMap(TensorElement element, const void* data, int64_t rows, int64_t columns, int64_t ld,
                           int box_rows) {
   static const Encode encode = FindEncode();
-  const int64_t element_bytes = element == TensorElement::kByte ? 1 : element == TensorElement::kBf16 ? 2 : 4;
-  const CUtensorMapDataType type = element == TensorElement::kByte   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                   : element == TensorElement::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                     : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const int64_t element_bytes = element == TensorElement::kByte ? 1 : 2;
+  const CUtensorMapDataType type =
+      element == TensorElement::kByte ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(ld * element_bytes)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / element_bytes), static_cast<cuuint32_t>(box_rows)};

@@ -12,7 +12,7 @@
 
 namespace millrace::cuda {
 
-enum class TensorElement { kByte, kBf16, kF32 };
+enum class TensorElement { kByte, kBf16 };
 
 // `rows` x `columns` elements, `ld` elements from one row to the next, copied in boxes of `box_rows` rows x 128 bytes,
 // swizzled over 1024 bytes of shared memory. `data` and every row start on 16 bytes; box_rows 1 to 256. What a box has

@@ -36,10 +36,7 @@ __device__ inline void StoreBf16Row(const LaneEntry& e, int lane, Bf16* row) {
   for (int half = 0; half < 2; ++half) {
     uint32_t pairs[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      pairs[i] = static_cast<uint32_t>(__bfloat16_as_ushort(ToBf16(e.v[half * 8 + 2 * i]))) |
-                 static_cast<uint32_t>(__bfloat16_as_ushort(ToBf16(e.v[half * 8 + 2 * i + 1]))) << 16;
-    }
+    for (int i = 0; i < 4; ++i) pairs[i] = PackBf16(e.v[half * 8 + 2 * i], e.v[half * 8 + 2 * i + 1]);
     at[half] = {pairs[0], pairs[1], pairs[2], pairs[3]};
   }
 }

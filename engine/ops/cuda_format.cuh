@@ -48,10 +48,19 @@ __device__ inline uint32_t WidenE4m3ToBf16(uint32_t codes, int half) {
   return *reinterpret_cast<const uint32_t*>(&value);
 }
 
+// Two floats as a pair of BF16: rounded, and where BF16 holds them exactly.
+__device__ inline uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t ExactBf16Pair(float low, float high) {
+  return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);
+}
+
 // Two E4M3 codes times a power of two, as a pair of BF16, exactly.
 __device__ inline uint32_t ScaledBf16Pair(uint32_t codes, float scale) {
   const float2 v = WidenE4m3Pair(static_cast<uint16_t>(codes));
-  return __float_as_uint(v.x * scale) >> 16 | (__float_as_uint(v.y * scale) & 0xffff0000u);
+  return ExactBf16Pair(v.x * scale, v.y * scale);
 }
 
 // Sum over the lanes of a warp; every lane gets it. One fixed tree.

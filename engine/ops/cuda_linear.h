@@ -31,7 +31,6 @@ struct Weight {
   int64_t n = 0, k = 0;
   const void* data = nullptr;       // BF16 [n, k]; E4M3 [n, k]
   const uint8_t* scales = nullptr;  // E8M0: FP8 [ceil(n / 128), ceil(k / 128)]
-  bool empty() const { return n == 0; }
 };
 
 // Rows of activations [rows, ld].

@@ -71,11 +71,6 @@ __device__ inline void Promote(const float* sums, const WidenedBlock& w, float* 
   for (int i = 0; i < kN / 2; ++i) total[i] = fmaf(sums[i], (i & 2) != 0 ? w.high : w.low, total[i]);
 }
 
-__device__ inline uint32_t PackBf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 __device__ inline float Activate(float gate, float up, float weight, float limit) {
   gate = fminf(RoundToBf16(gate), limit);
   up = fminf(fmaxf(RoundToBf16(up), -limit), limit);

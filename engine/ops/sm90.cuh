@@ -90,15 +90,15 @@ __device__ inline void TensorCopyMulticast(void* dst, const CUtensorMap* map, in
 __device__ inline void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// Four bytes per thread, without passing through registers; CopyArrive counts one arrival once this thread's earlier
-// copies are there.
-__device__ inline void CopyWord(void* dst, const void* src) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SmemAddress(dst)), "l"(src) : "memory");
+// Sixteen or eight bytes a thread, without passing through registers.
+__device__ inline void Copy16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SmemAddress(to)), "l"(from) : "memory");
 }
-__device__ inline void CopyArrive(Barrier* b) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SmemAddress(b)) : "memory");
+__device__ inline void Copy8(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(SmemAddress(to)), "l"(from) : "memory");
 }
-
+// Until this thread's copies are there.
+__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ inline void PrefetchL2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory"); }
 
 // Clusters.
@@ -152,7 +152,6 @@ __device__ inline void LowerRegisters() {
 
 // Stores of a dependency's results may be read after this; without programmatic launch it returns at once.
 __device__ inline void WaitForPreviousKernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ inline void AllowNextKernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Four 8 x 8 matrices of 16-bit values, one row address a lane, stored transposed: lane l holds of each matrix the two
 // values of row l / 4, columns 2 * (l % 4) and the next; they land in rows of columns.
@@ -276,11 +275,6 @@ MILLRACE_PRODUCT(128,
   "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
   "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
   "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]));
-MILLRACE_PRODUCT(24,
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11",
-  "%12", "%13", "%14", "%15", "%16", "%17",
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-  "+f"(d[9]), "+f"(d[10]), "+f"(d[11]));
 MILLRACE_PRODUCT(48,
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
   "%21, %22, %23",

@@ -24,6 +24,7 @@
 #include "engine/device/cuda_device.h"
 #include "engine/ops/cuda_entry.cuh"
 #include "engine/ops/cuda_sparse_attention.h"
+#include "engine/ops/sm90.cuh"
 #include "engine/status.h"
 
 namespace millrace::cuda {
@@ -127,34 +128,6 @@ __device__ inline void StorePair(float a, float b, float normaliser, int dim, in
   *reinterpret_cast<__nv_bfloat162*>(out + dim) = {ToBf16(a), ToBf16(b)};
 }
 
-// PTX, in one place.
-__device__ inline uint32_t SmemAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ inline void LoadMatrices(uint32_t (&m)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(SmemAddress(row)));
-}
-__device__ inline void LoadMatricesTransposed(uint32_t (&m)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(SmemAddress(row)));
-}
-__device__ inline void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ inline void Copy16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SmemAddress(to)), "l"(from) : "memory");
-}
-__device__ inline void Copy8(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(SmemAddress(to)), "l"(from) : "memory");
-}
-// Until this thread's copies are there.
-__device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // Where the keys of one row lie and how they come to shared memory. Each warp answers for its own keys of a chunk,
 // places kKeysPerWarp * warp and on; lane i looks up key i % kKeysPerWarp.
 struct KeySource {
@@ -192,7 +165,7 @@ struct KeySource {
 #pragma unroll
         for (int piece = lane; piece < kPieces; piece += 32) {
           if (slot >= list.masked) {
-            Copy16(to + piece, from + piece);
+            sm90::Copy16(to + piece, from + piece);
           } else {
             to[piece] = {0, 0, 0, 0};
           }
@@ -204,17 +177,12 @@ struct KeySource {
       const uint8_t* page = pages + (place >> page_shift) * page_bytes;
       const int in_page = place & ((1 << page_shift) - 1);
       const uint8_t* body = page + bodies + in_page * kEntryBody;
-      Copy16(smem.bodies[key] + lane * 16, body + lane * 16);
-      if (lane < kEntryBody / 16 - 32) Copy16(smem.bodies[key] + (32 + lane) * 16, body + (32 + lane) * 16);
-      if (lane == 31) Copy8(smem.scales[key], page + scales + in_page * 8);
+      sm90::Copy16(smem.bodies[key] + lane * 16, body + lane * 16);
+      if (lane < kEntryBody / 16 - 32) sm90::Copy16(smem.bodies[key] + (32 + lane) * 16, body + (32 + lane) * 16);
+      if (lane == 31) sm90::Copy8(smem.scales[key], page + scales + in_page * 8);
     }
   }
 };
-
-// Two floats that BF16 holds exactly, as a pair.
-__device__ inline uint32_t PackExact(float low, float high) {
-  return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);
-}
 
 // The warp's keys of a chunk of entries, from `bodies` to `keys`; places past the list become zeros.
 __device__ inline void WidenKeys(const RowList& list, int chunk, Bf16 (*keys)[kKeyStride], const Smem& smem) {
@@ -232,8 +200,8 @@ __device__ inline void WidenKeys(const RowList& list, int chunk, Bf16 (*keys)[kK
         float x[8];
         WidenE4m3(codes.x, x);
         WidenE4m3(codes.y, x + 4);
-        v = {PackExact(x[0] * scale, x[1] * scale), PackExact(x[2] * scale, x[3] * scale),
-             PackExact(x[4] * scale, x[5] * scale), PackExact(x[6] * scale, x[7] * scale)};
+        v = {ExactBf16Pair(x[0] * scale, x[1] * scale), ExactBf16Pair(x[2] * scale, x[3] * scale),
+             ExactBf16Pair(x[4] * scale, x[5] * scale), ExactBf16Pair(x[6] * scale, x[7] * scale)};
       } else if (exists) {
         v = *reinterpret_cast<const uint4*>(smem.bodies[key] + kPlainDim + (piece - kPlainPieces) * 16);
       }
@@ -295,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float o[kHeads / 16][kDimsPerWarp / 8][4] = {};
   for (int buffer = 0; step.chunk < list.chunks(); step = Next(list, walk, apart, step), buffer ^= 1) {
     const int chunk = step.chunk;
-    WaitForCopies();
+    sm90::WaitForCopies();
     __syncwarp();
     if (chunk >= kWindowChunks) WidenKeys(list, chunk, smem.keys[buffer], smem);
     __syncthreads();  // this chunk's keys are there; nobody reads the last one's
@@ -324,10 +292,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int n = 0; n < kPartKeys / 8; ++n) {
           uint32_t key[4];  // eight keys, two steps of k
-          LoadMatrices(key,
-                       &smem.keys[buffer][logit_keys + n * 8 + lane % 8][part * kPartDims + k * 16 + lane / 8 * 8]);
-          MultiplyAdd(c[n], query[k], key[0], key[1]);
-          MultiplyAdd(c[n], query[k + 1], key[2], key[3]);
+          sm90::LoadMatrices(
+              key, &smem.keys[buffer][logit_keys + n * 8 + lane % 8][part * kPartDims + k * 16 + lane / 8 * 8]);
+          sm90::MultiplyAdd(c[n], query[k], key[0], key[1]);
+          sm90::MultiplyAdd(c[n], query[k + 1], key[2], key[3]);
         }
       }
 #pragma unroll
@@ -388,16 +356,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint32_t v[kDimsPerWarp / 16][4];  // sixteen keys of two columns of eight dims each
 #pragma unroll
       for (int d = 0; d < kDimsPerWarp / 16; ++d) {
-        LoadMatricesTransposed(v[d], &smem.keys[buffer][k + lane % 16][warp * kDimsPerWarp + d * 16 + lane / 16 * 8]);
+        sm90::LoadMatricesTransposed(v[d],
+                                     &smem.keys[buffer][k + lane % 16][warp * kDimsPerWarp + d * 16 + lane / 16 * 8]);
       }
 #pragma unroll
       for (int m = 0; m < kHeads / 16; ++m) {
         uint32_t p[4];
-        LoadMatrices(p, &smem.probabilities[m * 16 + lane % 16][k + lane / 16 * 8]);
+        sm90::LoadMatrices(p, &smem.probabilities[m * 16 + lane % 16][k + lane / 16 * 8]);
 #pragma unroll
         for (int d = 0; d < kDimsPerWarp / 16; ++d) {
-          MultiplyAdd(value[m][d * 2], p, v[d][0], v[d][1]);
-          MultiplyAdd(value[m][d * 2 + 1], p, v[d][2], v[d][3]);
+          sm90::MultiplyAdd(value[m][d * 2], p, v[d][0], v[d][1]);
+          sm90::MultiplyAdd(value[m][d * 2 + 1], p, v[d][2], v[d][3]);
         }
       }
     }

@@ -75,11 +75,6 @@ __device__ inline void Promote(const float* sums, float* total) {
   for (int i = 0; i < kLargeOutputs / 2; ++i) total[i] += sums[i];
 }
 
-__device__ inline uint32_t PackBf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // Four words of a lane, for column pairs 2 * (lane % 4) of four groups of eight columns, become the eight columns of
 // one group: a transposition over the four lanes of a row.
 __device__ inline uint4 GatherEight(uint4 w, int lane) {
