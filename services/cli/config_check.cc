@@ -306,15 +306,10 @@ class Check {
 
   // --- Addresses ---
 
-  static bool Loopback(absl::string_view address) {
-    return absl::StartsWith(address, "127.") || absl::StartsWith(address, "localhost:") ||
-           absl::StartsWith(address, "[::1]:");
-  }
-
   void Addresses() {
-    const bool router_apart = !Loopback(config_.router().control_address());
+    const bool router_apart = !OnLoopback(config_.router().control_address());
     const auto check = [&](const char* role, int i, const v1::WorkerSection& worker) {
-      if (router_apart && Loopback(worker.listen()) && worker.advertise().empty()) {
+      if (router_apart && OnLoopback(worker.listen()) && worker.advertise().empty()) {
         Add(Severity::kWarning, Field(role, i, "worker.listen"),
             absl::StrCat(worker.listen(), " cannot be dialled from the router's machine (",
                          config_.router().control_address(), "): listen on 0.0.0.0, or set worker.advertise"));

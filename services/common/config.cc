@@ -213,12 +213,6 @@ absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerS
   return absl::OkStatus();
 }
 
-// The host of "host:port" means this machine alone. A name that is not localhost may be anything.
-bool OnLoopback(absl::string_view listen) {
-  const absl::string_view host = listen.substr(0, listen.rfind(':'));
-  return absl::StartsWith(host, "127.") || host == "localhost" || host == "[::1]" || host == "::1";
-}
-
 std::vector<const v1::WorkerSection*> Workers(const v1::ClusterConfig& config) {
   std::vector<const v1::WorkerSection*> workers;
   for (const auto& section : config.prefill()) workers.push_back(&section.worker());
@@ -231,7 +225,7 @@ std::vector<const v1::WorkerSection*> Workers(const v1::ClusterConfig& config) {
 absl::Status CheckLocks(const v1::ClusterConfig& config) {
   const v1::SecuritySection& security = config.security();
   if (security.allow_insecure()) return absl::OkStatus();
-  const auto check = [](absl::string_view field, absl::string_view listen, bool locked, absl::string_view lock) {
+  const auto check = [](absl::string_view field, const std::string& listen, bool locked, absl::string_view lock) {
     if (locked || listen == "off" || OnLoopback(listen)) return absl::OkStatus();
     return Bad(field, absl::StrCat("\"", listen, "\" without ", lock),
                absl::StrCat("a loopback address, or ", lock,
@@ -409,6 +403,11 @@ absl::StatusOr<WorkerConfig> SelectWorker(const v1::ClusterConfig& cluster, v1::
   }
   return absl::NotFoundError(absl::StrCat("no worker \"", absl::string_view(name.data(), name.size()),
                                           "\" of this role; the configuration has: ", absl::StrJoin(names, ", ")));
+}
+
+bool OnLoopback(std::string_view address) {
+  const std::string_view host = address.substr(0, address.rfind(':'));
+  return host.starts_with("127.") || host == "localhost" || host == "[::1]" || host == "::1";
 }
 
 }  // namespace millrace

@@ -50,6 +50,9 @@ absl::StatusOr<WorkerConfig> SelectWorker(const v1::ClusterConfig& cluster, v1::
 // brackets. Without a port it is the one that gets bound. InvalidArgument says what was found.
 absl::Status OverrideAdvertise(WorkerConfig& config, std::string_view address);
 
+// The host of "host:port" means this machine alone. A name that is not localhost may be anything.
+bool OnLoopback(std::string_view address);
+
 inline absl::Duration Ms(uint64_t milliseconds) { return absl::Milliseconds(static_cast<int64_t>(milliseconds)); }
 
 }  // namespace millrace

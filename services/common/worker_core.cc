@@ -20,6 +20,7 @@
 #include "services/common/generation_spec.h"
 #include "services/common/metrics.h"
 #include "services/common/model_notice.h"
+#include "services/common/role.h"
 #include "spdlog/spdlog.h"
 
 namespace millrace {
@@ -30,17 +31,6 @@ constexpr absl::Duration kShutdownGrace = absl::Milliseconds(500);
 constexpr absl::Duration kDrainHeard = absl::Seconds(2);
 constexpr int kExitStuck = 70;
 constexpr int kFirstPassFactor = 10;
-
-const char* RoleWord(v1::Role role) {
-  switch (role) {
-    case v1::ROLE_PREFILL:
-      return "prefill";
-    case v1::ROLE_DECODE:
-      return "decode";
-    default:
-      return "expert";
-  }
-}
 
 }  // namespace
 

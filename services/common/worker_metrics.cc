@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "services/common/metrics.h"
+#include "services/common/role.h"
 
 namespace millrace {
 namespace {
@@ -13,10 +14,6 @@ namespace {
 // Seconds: a CPU decode step of the demo takes 1 ms, a prefill pass of a large model up to seconds.
 const prometheus::Histogram::BucketBoundaries kStepSeconds{.0002, .0005, .001, .002, .005, .01, .02,
                                                            .05,   .1,    .2,   .5,   1,    2,   5};
-
-const char* RoleLabel(v1::Role role) {
-  return role == v1::ROLE_PREFILL ? "prefill" : role == v1::ROLE_DECODE ? "decode" : "expert";
-}
 
 struct Wait {
   v1::Role role;
@@ -41,7 +38,7 @@ constexpr Wait kWaits[] = {
 WorkerMetrics::WorkerMetrics(prometheus::Registry& registry, v1::Role role, const std::string& name)
     : registry_(registry),
       role_(role),
-      labels_{{"role", RoleLabel(role)}, {"worker", name}},
+      labels_{{"role", RoleWord(role)}, {"worker", name}},
       outcomes_(CounterFamily(registry, "millrace_worker_requests_total")),
       rejected_(CounterFamily(registry, "millrace_worker_rejected_total")),
       tokens_(CounterFamily(registry, "millrace_worker_tokens_total").Add(labels_)),

@@ -5,14 +5,12 @@
 #include <string>
 #include <utility>
 
+#include "services/common/role.h"
+
 namespace millrace::router {
 namespace {
 
 using std::chrono::milliseconds;
-
-const char* RoleWord(v1::Role role) {
-  return role == v1::ROLE_PREFILL ? "prefill" : role == v1::ROLE_DECODE ? "decode" : "expert";
-}
 
 const char* StateWord(const WorkerView& worker) {
   switch (worker.status.state()) {

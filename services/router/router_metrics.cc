@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "services/common/metrics.h"
+#include "services/common/role.h"
 
 namespace millrace::router {
 namespace {
@@ -24,10 +25,6 @@ prometheus::Histogram& Seconds(prometheus::Registry& registry, const char* name)
 prometheus::Gauge& Waiting(prometheus::Registry& registry, const char* reason) {
   return GaugeFamily(registry, "millrace_queue_requests")
       .Add({{"role", "router"}, {"stage", "placement"}, {"reason", reason}});
-}
-
-std::string_view RoleWord(v1::Role role) {
-  return role == v1::ROLE_PREFILL ? "prefill" : role == v1::ROLE_DECODE ? "decode" : "expert";
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
 #include "services/common/error.h"
+#include "services/common/role.h"
 #include "spdlog/spdlog.h"
 
 namespace millrace::router {
@@ -27,10 +28,6 @@ bool ValidName(const std::string& name) {
 
 // Enough of an incarnation to tell two apart in a log.
 std::string Short(const IncarnationId& id) { return id.ToString().substr(0, 8); }
-
-std::string_view RoleWord(v1::Role role) {
-  return role == v1::ROLE_PREFILL ? "prefill" : role == v1::ROLE_DECODE ? "decode" : "expert";
-}
 
 absl::Status Missing(const std::string& field, const std::string& expected) {
   return absl::InvalidArgumentError(absl::StrCat(field, ": expected ", expected));
