@@ -106,7 +106,8 @@ TEST_F(AttentionTiles, SumsAreNearAndTheSameInAnyCompany) {
       std::vector<float> some(heads * kKeys), elsewhere(heads * kDim), sums(heads * kDim);
       tiles.DotKeys(scattered.data(), num_keys, 0.5f, some.data(), kKeys);
       for (int h = 0; h < heads; ++h) {
-        for (int j = 0; j < num_keys; ++j) ASSERT_TRUE(same(some[h * kKeys + j], logits[h * kKeys + j])) << h << ' ' << j;
+        for (int j = 0; j < num_keys; ++j)
+          ASSERT_TRUE(same(some[h * kKeys + j], logits[h * kKeys + j])) << h << ' ' << j;
       }
       tiles.SumValues(p.data(), kKeys, scattered.data(), num_keys, elsewhere.data());
       tiles.SumValues(p.data(), kKeys, neighbours.data(), num_keys, sums.data());

@@ -75,7 +75,7 @@ class JoinClient {
   absl::Duration heartbeat_;
   absl::Duration dead_after_;
   absl::Time last_heard_;
-  bool lost_ = true;  // nothing to lose before the first welcome
+  bool lost_ = true;      // nothing to lose before the first welcome
   std::string last_end_;  // why a stream ended, as logged
   std::thread thread_;
 };

@@ -231,7 +231,8 @@ void ExpertPool::Detach(const PoolMember& member) {
   v1::DetachRequest request;
   options_.incarnation.To(request.mutable_caller());
   v1::DetachResponse response;
-  (void)v1::Expert::NewStub(channels_.Get(member.info.control_address(), PeerRole::kExpert))->Detach(&context, request, &response);
+  (void)v1::Expert::NewStub(channels_.Get(member.info.control_address(), PeerRole::kExpert))
+      ->Detach(&context, request, &response);
 }
 
 absl::Status ExpertPool::Connect(PoolMember& member) {

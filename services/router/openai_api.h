@@ -16,8 +16,8 @@
 #include <string>
 
 #include "services/common/metrics.h"
-#include "services/router/api_keys.h"
 #include "services/common/request_trace.h"
+#include "services/router/api_keys.h"
 #include "services/router/generation.h"
 #include "services/router/http_server.h"
 #include "services/router/openai_request.h"

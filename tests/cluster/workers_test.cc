@@ -233,7 +233,8 @@ class Cluster {
   }
   grpc::Status Reserve(const v1::ReserveRequest& request, v1::ReserveResponse* response) {
     grpc::ClientContext context;
-    return v1::Handoff::NewStub(channels.Get(decode->address(), PeerRole::kDecode))->Reserve(&context, request, response);
+    return v1::Handoff::NewStub(channels.Get(decode->address(), PeerRole::kDecode))
+        ->Reserve(&context, request, response);
   }
   v1::PrefillRequest MakePrefill(const std::string& id, const std::vector<int32_t>& prompt,
                                  const v1::GenerationSpec& spec, const v1::ReserveResponse& reserved) {

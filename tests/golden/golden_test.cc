@@ -195,9 +195,9 @@ struct Bounds {
   double repeated_selections = 0.5;
 };
 constexpr Bounds kCpuBounds;
-// Other orders of summation than the CPU's, and nothing else: 0.0002 %, 0.20 %, 1.46 %, 99.98 and 99.5 % of values equal,
-// 0.00033 were seen. The row with least room (above) has 118 of 128 entries. A kernel that sums FP8 products in the
-// tensor cores' 13 bits is far outside: 1.08 % after layer 0.
+// Other orders of summation than the CPU's, and nothing else: 0.0002 %, 0.20 %, 1.46 %, 99.98 and 99.5 % of values
+// equal, 0.00033 were seen. The row with least room (above) has 118 of 128 entries. A kernel that sums FP8 products in
+// the tensor cores' 13 bits is far outside: 1.08 % after layer 0.
 constexpr Bounds kCudaBounds = {0.0005, 0.006, 0.025, 0.99, 0.92, 0.0004, 0.92, 0.3};
 constexpr double kMeanSelectionOverlap = 0.96;
 constexpr double kEqualExpertRows = 0.97;
