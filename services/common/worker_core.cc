@@ -284,6 +284,14 @@ void WorkerCore::Drain(const std::function<void()>& refuse, const std::function<
   while (!idle() && MonotonicNow() < end) std::this_thread::sleep_for(std::chrono::milliseconds(5));
 }
 
+void WorkerCore::Drain(EngineLoop* loop, absl::Duration grace) {
+  Drain(
+      [loop] {
+        if (loop != nullptr) loop->Drain();
+      },
+      [loop] { return loop == nullptr || loop->Idle(); }, grace);
+}
+
 void WorkerCore::Shutdown() {
   if (server_ != nullptr) server_->Shutdown(kShutdownGrace);
   if (join_ != nullptr) join_->Stop();
