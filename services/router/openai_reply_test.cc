@@ -135,10 +135,33 @@ TEST_F(OpenAiApiTest, ToolCallsStreamWithIndexIdAndArguments) {
   EXPECT_EQ(starts, 2);
   for (const auto& text : arguments) EXPECT_EQ(Parse(text)["city"], "Rome");
   EXPECT_EQ(FinishReason(events), "tool_calls");
+}
 
-  const Json plain = Parse(AskChat(tools + R"(,"tool_choice":"none")").body);
-  EXPECT_FALSE(plain["choices"][0]["message"].contains("tool_calls"));
-  EXPECT_EQ(plain["choices"][0]["finish_reason"], "stop");
+TEST_F(OpenAiApiTest, WithToolChoiceNoneThereIsNeitherACallNorItsMarkup) {
+  const std::string none = R"(,"tools":[{"type":"function","function":{"name":"f"}}],"tool_choice":"none")";
+  const std::string call =
+      "<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"f\">\n<｜DSML｜parameter name=\"a\" string=\"true\">"
+      "Rome</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>";
+  const struct {
+    std::string text, content;
+  } kCases[] = {{"\n\n" + call, ""},
+                {"Let me look.\n\n" + call, "Let me look."},
+                {"Before." + call + "\nAfter.", "Before.After."},
+                {"Cut off.\n\n" + call.substr(0, call.size() / 2), "Cut off."},
+                {"No markup: a < b", "No markup: a < b"}};
+  for (const auto& test : kCases) {
+    generations_->SetScript({.text = test.text});
+    const Json choice = Parse(AskChat(none).body)["choices"][0];
+    EXPECT_EQ(choice["message"]["content"], test.content);
+    EXPECT_FALSE(choice["message"].contains("tool_calls"));
+    EXPECT_EQ(choice["finish_reason"], "stop");
+    const TestReply reply = AskChat(none + R"(,"stream":true)");
+    EXPECT_EQ(Joined(Events(reply.body), "content"), test.content);
+    EXPECT_EQ(FinishReason(Events(reply.body)), "stop");
+    EXPECT_THAT(reply.body, Not(HasSubstr("DSML")));
+    EXPECT_THAT(reply.body, Not(HasSubstr("tool_calls")));
+  }
+  EXPECT_THAT(RenderMetrics(*registry_), HasSubstr("millrace_unreadable_tool_calls_total 0\n"));
 }
 
 TEST_F(OpenAiApiTest, SeveralChoicesShareAReply) {
