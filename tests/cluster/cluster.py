@@ -58,7 +58,7 @@ class Cluster:
                  decode_section=None, prefill_section=None, expert_section=None, router_section=None, security=None,
                  model=MODEL):
         self.directory = tempfile.mkdtemp(prefix="millrace-test-")
-        self.http_port, self.operator_port, self.grpc_port, control = (free_port() for _ in range(4))
+        self.http_port, self.operator_port, self.grpc_port, self.control_port = (free_port() for _ in range(4))
         model = {"path": model, "id": "demo"}
         if numerics:
             model["numerics"] = numerics
@@ -77,7 +77,7 @@ class Cluster:
                 "http_listen": f"127.0.0.1:{self.http_port}",
                 "operator_listen": f"127.0.0.1:{self.operator_port}",
                 "grpc_listen": f"127.0.0.1:{self.grpc_port}",
-                "control_listen": f"127.0.0.1:{control}",
+                "control_listen": f"127.0.0.1:{self.control_port}",
                 **(router_section or {}),
             },
             # The defaults are for machines that serve; one that runs tests may stand still for seconds.
