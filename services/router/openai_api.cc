@@ -25,6 +25,7 @@
 #include "services/router/openai_headers.h"
 #include "services/router/openai_response.h"
 #include "services/router/openai_session.h"
+#include "services/router/operator_access.h"
 #include "services/router/operator_replies.h"
 
 namespace millrace::router {
@@ -59,6 +60,10 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
 
     const RouteMatch match = MatchRoute(listener, request);
     const std::string_view name = match.route != nullptr ? match.route->name : kUnmatched;
+    if (!is_public && !IsProbe(request)) {
+      const absl::Status access = CheckOperatorAccess(request, options_.operator_hosts);
+      if (!access.ok()) return Answer(access, name, headers, *exchange);
+    }
     std::string tenant;
     const bool locked = is_public ? !match.methods.empty() && NeedsKey(request) : request.method == "POST";
     if (options_.keys != nullptr && locked) {
@@ -93,10 +98,9 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
   }
 
  private:
+  static bool IsProbe(const HttpRequest& request) { return request.path == "/healthz" || request.path == "/readyz"; }
   // Probes have no key, and a browser asks whether it may send one without sending it.
-  static bool NeedsKey(const HttpRequest& request) {
-    return request.path != "/healthz" && request.path != "/readyz" && request.method != "OPTIONS";
-  }
+  static bool NeedsKey(const HttpRequest& request) { return !IsProbe(request) && request.method != "OPTIONS"; }
 
   // ---- Small answers.
 

@@ -35,6 +35,8 @@ struct OpenAiApiOptions {
   std::function<Json()> status;           // what the status page shows; any thread; may be empty
   // Asks a worker to drain, for the operator's POST /workers/NAME/drain; NotFound: there is no such worker. Any thread.
   std::function<absl::Status(const std::string& name)> drain_worker;
+  // Names under which the operator's listener is reached, besides addresses and those of loopback (operator_access.h).
+  std::vector<std::string> operator_hosts;
   // Who may use the public routes but health, and the operator's POSTs; must outlive the servers. Null: everybody.
   ApiKeys* keys = nullptr;
   int parse_threads = 1;

@@ -54,6 +54,7 @@ class OpenAiApiTest : public ::testing::Test {
     options.metrics = metrics_.get();
     options.traces = &traces_;
     options.status = [] { return Json{{"workers", "<4>"}}; };
+    options.operator_hosts = {"a"};  // what the tests' requests call it
     options.drain_worker = [this](const std::string& name) {
       if (name != "decode-0") return absl::NotFoundError("secret words");
       drained_ = name;

@@ -64,15 +64,59 @@ TEST_F(OpenAiApiTest, ARequestIsExplainedToTheOperatorAlone) {
 }
 
 TEST_F(OpenAiApiTest, ThePagesPromptIsAnsweredOnItsOwnOriginAndOnNoOther) {
-  TestReply reply = AskOperator(Post("/v1/chat/completions", Chat(), "Origin: http://elsewhere\r\n"));
+  TestReply reply = AskOperator(Post("/v1/chat/completions", Chat(), "Origin: http://a\r\n"));
   EXPECT_EQ(reply.status, 200);
   EXPECT_EQ(reply.headers.count("access-control-allow-origin"), 0u);
+  reply = AskOperator(Post("/v1/chat/completions", Chat(), "Origin: http://elsewhere\r\n"));
+  EXPECT_EQ(reply.status, 403);
+  EXPECT_EQ(CodeOf(reply), "foreign_origin");
   // What a page elsewhere can send without asking first is no request of ours.
   EXPECT_EQ(AskOperator("POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\n"
                         "Content-Length: 2\r\n\r\n{}")
                 .status,
             415);
   EXPECT_EQ(AskOperator("OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: a\r\n\r\n").status, 405);
+}
+
+// A page whose name its owner points at this port is of one origin with it: only the name tells them apart.
+TEST_F(OpenAiApiTest, TheOperatorsPortAnswersToAddressesLoopbackAndConfiguredNamesOnly) {
+  const auto ask = [&](const std::string& host, const std::string& headers = "") {
+    return AskOperator(absl::StrCat("GET / HTTP/1.1\r\nHost: ", host, "\r\n", headers, "\r\n"));
+  };
+  for (const char* host : {"127.0.0.1", "127.0.0.1:8081", "10.1.2.3:8081", "[::1]:8081", "[fd00::7]", "localhost:9",
+                           "LocalHost", "localhost.:8081", "ui.localhost:8081", "a", "A:8081"}) {
+    EXPECT_EQ(ask(host).status, 200) << host;
+  }
+  for (const char* host :
+       {"evil.example", "evil.example:8081", "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost",
+        "a.evil.example", "2130706433", "0x7f.1", "[evil]", "[::1", "a:b", ":8081"}) {
+    const TestReply reply = ask(host);
+    EXPECT_EQ(reply.status, 421) << host;
+    EXPECT_EQ(CodeOf(reply), "unknown_host") << host;
+  }
+  EXPECT_THAT(ask("evil.example").body, HasSubstr("'evil.example': use an address, localhost, or a name that "
+                                                  "router.operator_hosts lists"));
+  for (const char* origin : {"http://127.0.0.1:8081", "https://127.0.0.1:8081", "https://a", "http://A:9999"}) {
+    EXPECT_EQ(ask("127.0.0.1:8081", absl::StrCat("Origin: ", origin, "\r\n")).status, 200) << origin;
+  }
+  for (const char* origin : {"null", "http://evil.example", "http://127.0.0.1:9999", "http://127.0.0.1",
+                             "http://127.0.0.1:8081.evil.example", "file://127.0.0.1:8081", ""}) {
+    EXPECT_EQ(ask("127.0.0.1:8081", absl::StrCat("Origin: ", origin, "\r\n")).status, 403) << origin;
+  }
+  // Every verb and page; not what probes ask, which says nothing and changes nothing.
+  for (const char* path : {"/metrics", "/requests", "/page/page.js", "/nothing"}) {
+    EXPECT_EQ(AskOperator(absl::StrCat("GET ", path, " HTTP/1.1\r\nHost: evil.example\r\n\r\n")).status, 421) << path;
+  }
+  EXPECT_EQ(AskOperator("POST /workers/decode-0/drain HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 2\r\n"
+                        "Content-Type: application/json\r\n\r\n{}")
+                .status,
+            421);
+  EXPECT_EQ(drained_, "");
+  for (const char* path : {"/healthz", "/readyz"}) {
+    EXPECT_EQ(AskOperator(absl::StrCat("GET ", path, " HTTP/1.1\r\nHost: probe.example\r\n\r\n")).status, 200) << path;
+  }
+  EXPECT_EQ(Ask("GET /v1/models HTTP/1.1\r\nHost: any.example\r\nOrigin: http://other.example\r\n\r\n").status, 200)
+      << "the public port is anybody's";
 }
 
 TEST_F(OpenAiApiTest, TheOperatorAndNobodyElseDrainsAWorkerByName) {
