@@ -134,6 +134,12 @@ absl::Status CompleteRouter(v1::RouterSection& router) {
     if (!listens.insert(listen).second)
       return Bad("router", absl::StrCat(listen, " twice"), "one listener per address");
   }
+  if (router.operator_hosts_size() > 64) {
+    return Bad("router.operator_hosts", absl::StrCat(router.operator_hosts_size(), " names"), "64");
+  }
+  for (const std::string& host : router.operator_hosts()) {
+    if (!ValidName(host)) return Bad("router.operator_hosts", host, "host names of 1 to 128 of [A-Za-z0-9._-]");
+  }
   NUMBER("router", router, max_requests, 256, 1, 1u << 20);
   NUMBER("router", router, queue_timeout_ms, 10000, 1, 3600000);
   NUMBER("router", router, default_deadline_ms, 600000, 1, 3600000);
@@ -426,7 +432,8 @@ absl::StatusOr<WorkerConfig> SelectWorker(const v1::ClusterConfig& cluster, v1::
 
 bool OnLoopback(std::string_view address) {
   const std::string_view host = address.substr(0, address.rfind(':'));
-  return host.starts_with("127.") || host == "localhost" || host == "[::1]" || host == "::1";
+  const bool is_number = host.find_first_not_of("0123456789.") == std::string_view::npos;
+  return (is_number && host.starts_with("127.")) || host == "localhost" || host == "[::1]" || host == "::1";
 }
 
 }  // namespace millrace

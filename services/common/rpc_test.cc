@@ -107,6 +107,25 @@ TEST(Config, WhatLeavesLoopbackHasALockOrSaysThatItNeedsNone) {
   EXPECT_THAT(error(R"("transfer":{"listen_port":65536})"), HasSubstr("transfer.listen_port: found 65536"));
 }
 
+TEST(Config, LoopbackIsAnAddressOfItOrLocalhost) {
+  for (const char* address : {"127.0.0.1:1", "127.8.0.1:0", "localhost:80", "[::1]:8081"}) {
+    EXPECT_TRUE(OnLoopback(address)) << address;
+  }
+  for (const char* address : {"0.0.0.0:1", "[::]:1", "10.0.0.1:1", "127.evil.example:1", "router:1", "[::2]:1"}) {
+    EXPECT_FALSE(OnLoopback(address)) << address;
+  }
+}
+
+TEST(Config, NamesOfTheOperatorPortAreHostsWithoutPorts) {
+  const auto with = [](const std::string& hosts) {
+    return R"({"model":{"path":"m"},"router":{"operator_hosts":[)" + hosts + "]}}";
+  };
+  EXPECT_EQ(ErrorOf(with(R"("ops.example","grafana")")), "ok");
+  for (const char* host : {R"("")", R"("ops.example:8081")", R"("http://ops.example")", R"("*.example")"}) {
+    EXPECT_THAT(ErrorOf(with(host)), HasSubstr("router.operator_hosts: found")) << host;
+  }
+}
+
 TEST(Config, LocksAreCompleteAndTheirFilesLieBesideTheDocument) {
   const auto parse = [](const std::string& security) {
     return ParseClusterConfig(R"({"model":{"path":"m"},"prefill":[{}],"security":)" + security + "}", "/etc/m");

@@ -59,7 +59,7 @@ class Cluster:
                  transfer=None, model=MODEL):
         self.files = tempfile.TemporaryDirectory(prefix="millrace-test-")  # goes with this object
         self.directory = self.files.name
-        self.http_port, self.operator_port, self.grpc_port, control = (free_port() for _ in range(4))
+        self.http_port, self.operator_port, self.grpc_port, self.control_port = (free_port() for _ in range(4))
         model = {"path": model, "id": "demo"}
         if numerics:
             model["numerics"] = numerics
@@ -78,7 +78,7 @@ class Cluster:
                 "http_listen": f"127.0.0.1:{self.http_port}",
                 "operator_listen": f"127.0.0.1:{self.operator_port}",
                 "grpc_listen": f"127.0.0.1:{self.grpc_port}",
-                "control_listen": f"127.0.0.1:{control}",
+                "control_listen": f"127.0.0.1:{self.control_port}",
                 **(router_section or {}),
             },
             # The defaults are for machines that serve; one that runs tests may stand still for seconds.

@@ -346,6 +346,37 @@ class Keys(SecurityCase):
             self.assertEqual((drain(None), drain(alpha), drain(ops)), (401, 401, 404))
             self.assertEqual(self.call(cluster, "GET", "/metrics", port=cluster.operator_port)[0], 200)
 
+    def test_our_own_operator_commands_bring_a_key(self):
+        self.write(self.tenant("alpha"), self.tenant("ops", may_operate=True))
+        key_file = os.path.join(self.directory, "ops.key")
+        with open(key_file, "w") as out:
+            out.write(self.keys["ops"][0] + "\n")
+        with Cluster(experts=0, security={"api_keys_file": self.path}) as cluster:
+            def command(*arguments, key=None):
+                environment = {name: value for name, value in os.environ.items() if name != "MILLRACE_OPERATOR_KEY"}
+                return subprocess.run([BINARY, *arguments, "--operator", f"127.0.0.1:{cluster.operator_port}"],
+                                      env=environment | ({"MILLRACE_OPERATOR_KEY": key} if key else {}),
+                                      capture_output=True, text=True, timeout=PATIENCE)
+
+            # What only looks needs none, and takes one.
+            for arguments in (("top", "--count", "1"), ("explain",), ("top", "--count", "1", "--api-key-file", key_file)):
+                done = command(*arguments)
+                self.assertEqual(done.returncode, 0, done.stderr)
+            for done in (command("drain", "decode-0"), command("drain", "decode-0", key=self.keys["alpha"][0])):
+                self.assertEqual(done.returncode, 69)
+                self.assertIn("--api-key-file FILE, or MILLRACE_OPERATOR_KEY", done.stderr)
+                self.assertNotIn("mr-", done.stderr)
+            self.assertEqual(command("drain", "nobody", key=self.keys["ops"][0]).returncode, 64)
+            self.assertEqual(command("drain", "decode-0", key="two words").returncode, 78)
+            done = command("drain", "decode-0", "--api-key-file", key_file)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("decode-0 has left", done.stdout)
+            self.assertEqual(cluster.processes["decode-0"].wait(PATIENCE), 0)
+            cluster.start("decode-0")
+            cluster.wait_ready()
+            done = command("drain", "decode-0", "--no-wait", key=self.keys["ops"][0])
+            self.assertEqual((done.returncode, done.stdout), (0, "decode-0 has been asked to drain\n"), done.stderr)
+
     def test_no_body_is_read_of_a_stranger(self):
         self.write(self.tenant("alpha"))
         with Cluster(experts=0, security={"api_keys_file": self.path}) as cluster:
