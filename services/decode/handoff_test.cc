@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <functional>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "engine/engine.h"
 #include "engine/status.h"
 #include "kvtransfer/fault_transport.h"
@@ -25,7 +27,9 @@
 #include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/failpoints.h"
+#include "services/common/metrics.h"
 #include "services/common/one_engine_tokens.h"
+#include "services/common/worker_metrics.h"
 #include "services/decode/decode_loop.h"
 #include "services/prefill/prefill_loop.h"
 
@@ -33,6 +37,7 @@ namespace millrace {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 constexpr char kModel[] = "deploy/demo/model";
 constexpr absl::Duration kPatience = absl::Seconds(60);  // machines that run this may be busy; nothing is that slow
@@ -154,7 +159,7 @@ class Pair {
     decode_options.incarnation = decode_id;
     decode_options.compat_hash = "same";
     decode_options.transfer_address = decode_transport->address();
-    decode_loop = std::make_unique<decode::DecodeLoop>(*decode_engine, *receiver, decode_options, nullptr);
+    decode_loop = std::make_unique<decode::DecodeLoop>(*decode_engine, *receiver, decode_options, &decode_metrics);
     client.loop = decode_loop.get();
     prefill::PrefillLoopOptions prefill_options;
     prefill_options.incarnation = prefill_id;
@@ -240,6 +245,8 @@ class Pair {
   std::unique_ptr<kvtransfer::Transport> prefill_transport, decode_transport;
   std::unique_ptr<Engine> prefill_engine, decode_engine;
   std::unique_ptr<kvtransfer::Receiver> receiver;
+  prometheus::Registry registry;
+  WorkerMetrics decode_metrics{registry, v1::ROLE_DECODE, "decode-0"};
   std::unique_ptr<decode::DecodeLoop> decode_loop;
   DirectClient client;
   std::unique_ptr<prefill::PrefillLoop> prefill_loop;
@@ -551,6 +558,27 @@ TEST_F(Handoff, AnOlderAttemptIsStale) {
   ASSERT_TRUE(pair.BecomesClean());
   EXPECT_EQ(pair.Reserve(pair.MakeReserve("again", prompt, MakeSpec(5), 3)).status().code(),
             absl::StatusCode::kAborted);
+}
+
+// Whoever knows an epoch may write into its lease: what anybody can scrape must not say it.
+TEST_F(Handoff, AGuessedEpochIsRefusedAndCountedAndMetricsDoNotTellIt) {
+  Pair pair;
+  const auto reserved = pair.Reserve(pair.MakeReserve("guessed", MakePrompt(50), MakeSpec(5)));
+  ASSERT_TRUE(reserved.ok());
+  v1::RenewRequest guess;
+  *guess.mutable_lease() = reserved->lease();
+  guess.mutable_lease()->set_epoch(reserved->lease().epoch() ^ 1);
+  std::promise<absl::Status> answer;
+  pair.decode_loop->Renew(guess,
+                          [&](absl::StatusOr<v1::RenewResponse> response) { answer.set_value(response.status()); });
+  EXPECT_EQ(answer.get_future().get().code(), absl::StatusCode::kAborted);
+  const std::string text = RenderMetrics(pair.registry);
+  EXPECT_THAT(text, HasSubstr("millrace_lease_epoch_mismatches_total{role=\"decode\",worker=\"decode-0\"} 1\n"));
+  EXPECT_THAT(text, HasSubstr("millrace_leases_granted_total{role=\"decode\",worker=\"decode-0\"} 1\n"));
+  // As an integer, and as a gauge would print it.
+  const uint64_t epoch = reserved->lease().epoch();
+  EXPECT_THAT(text, Not(HasSubstr(absl::StrCat(epoch).substr(0, 10))));
+  EXPECT_THAT(text, Not(HasSubstr(absl::StrFormat("%.15e", static_cast<double>(epoch)).substr(0, 10))));
 }
 
 TEST_F(Handoff, ASlowReaderHoldsBackOnlyItsOwnSequence) {
