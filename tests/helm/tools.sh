@@ -8,6 +8,7 @@
 #   tests/helm/tools.sh chart        helm, kubeconform, schemas of every kind the chart renders (1 minute)
 #   tests/helm/tools.sh kubernetes   the above, etcd, kube-apiserver, its controllers and scheduler, kwok (5 minutes more)
 #   tests/helm/tools.sh prometheus   promtool and prometheus, unpacked from Debian's package and not installed
+#   tests/helm/tools.sh dashboards   a reader of dashboards with Grafana's own types (1 minute)
 #   tests/helm/tools.sh collector    the OpenTelemetry Collector, with OTLP in and out (1 minute)
 #
 # Exit status: 0 done, 3 this machine cannot (no Go, no network): the tests that need them are skipped and say so.
@@ -34,8 +35,9 @@ main() {
       chart) chart ;;
       kubernetes) chart; kubernetes ;;
       prometheus) prometheus ;;
+      dashboards) dashboards ;;
       collector) collector ;;
-      *) sed -n '8,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+      *) sed -n '8,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
     esac
   done
 }
@@ -122,6 +124,16 @@ control_plane() {
   local stamp="-X $version.gitVersion=$KUBERNETES -X $version.gitMajor=1 -X $version.gitMinor=${minor%%.*}"
   go build -trimpath -ldflags "-s -w $stamp" \
     -o "$GOBIN/" ./etcd ./kube-apiserver ./kube-controller-manager ./kube-scheduler
+}
+
+dashboards() {
+  need_go
+  once dashboards "$(digest tests/helm/dashboards/go.* tests/helm/dashboards/main.go)" build_dashboards
+}
+
+build_dashboards() {
+  cd tests/helm/dashboards
+  go build -trimpath -ldflags "-s -w" -o "$GOBIN/grafana-check" .
 }
 
 collector() {
