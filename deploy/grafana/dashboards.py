@@ -228,7 +228,7 @@ PREFILL = ("Prefill and hand-off", "millrace-prefill", "Prompts computed, and th
               rate("millrace_transport_bytes_total", "role", where='direction="sent"'), "Bps", stack=True),
         panel("Aborts without an answer", "Given up; something may be held.",
               increase("millrace_router_aborts_unanswered_total", "unanswered"), width=16),
-        panel("Stale epochs", "Calls of attempts that have been replaced. More than a few: look at the router's log.",
+        panel("Stale epochs", "Calls of attempts that have been replaced; a few after a fault are normal.",
               rate("millrace_lease_epoch_mismatches_total", "worker")),
     ]),
 ])

@@ -3,7 +3,8 @@
 # Builds the programs that check the chart, once, into .cache/kubernetes: real Helm, a real control plane, real schemas.
 #
 # Everything comes from Go modules at pinned versions and from Debian; no image and no prebuilt binary of the projects
-# is needed. A stamp says what a folder was made from, so a second call costs nothing. Figures: two cores, nothing cached.
+# is needed. A stamp says what a folder was made from, so a second call costs nothing and needs no Go. Figures: two
+# cores, nothing cached. MILLRACE_TOOLS names another folder, here and to the tests.
 #
 #   tests/helm/tools.sh chart        helm, kubeconform, schemas of every kind the chart renders (1 minute)
 #   tests/helm/tools.sh kubernetes   the above, etcd, kube-apiserver, its controllers and scheduler, kwok (5 minutes more)
@@ -23,7 +24,7 @@ PROMETHEUS_OPERATOR=v0.85.0
 GATEWAY_API=v1.4.0
 KEDA=v2.16.1
 
-CACHE="$PWD/.cache/kubernetes"
+CACHE="${MILLRACE_TOOLS:-$PWD/.cache/kubernetes}"
 export GOBIN="$CACHE/bin" GOFLAGS=-buildvcs=false GOTOOLCHAIN=local
 
 main() {
@@ -37,7 +38,7 @@ main() {
       prometheus) prometheus ;;
       dashboards) dashboards ;;
       collector) collector ;;
-      *) sed -n '8,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+      *) sed -n '9,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
     esac
   done
 }
@@ -61,6 +62,7 @@ once() {
   local name="$1" version="$2" stamp="$CACHE/stamps/$1" log="$CACHE/$1.log"
   shift 2
   if [[ -f "$stamp" && "$(cat "$stamp")" == "$version" ]]; then return; fi
+  [[ "$name" == prometheus ]] || need_go
   mkdir -p "$CACHE/stamps" "$CACHE/bin"
   echo "tools: $name $version"
   if ! ("$@") > "$log" 2>&1; then
@@ -73,7 +75,6 @@ once() {
 digest() { cat "$@" | sha256sum | head -c 12; }
 
 chart() {
-  need_go
   # A Helm of modules knows no Kubernetes version; without one it takes 1.20 and refuses every current chart.
   local minor="${KUBERNETES#v1.}" version=helm.sh/helm/v3/pkg/chartutil.k8sVersion
   once helm "$HELM" go install -trimpath -ldflags "-s -w -X ${version}Major=1 -X ${version}Minor=${minor%%.*}" \
@@ -127,7 +128,6 @@ control_plane() {
 }
 
 dashboards() {
-  need_go
   once dashboards "$(digest tests/helm/dashboards/go.* tests/helm/dashboards/main.go)" build_dashboards
 }
 
@@ -137,7 +137,6 @@ build_dashboards() {
 }
 
 collector() {
-  need_go
   once collector "$(digest tests/cluster/collector/go.* tests/cluster/collector/main.go)" build_collector
 }
 
