@@ -16,15 +16,13 @@
 
 #include "engine/ops/packed_linear.h"
 #include "engine/ops/rounding.h"
+#include "engine/ops/widen_cpu-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace millrace {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-using D = hn::CappedTag<float, 16>;
-using V = hn::Vec<D>;
-constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
 constexpr int kStrip = 16;                      // lanes that a tile of rows meets at a time
 constexpr int kStripVectors = kStrip / kLanes;  // 1, 2 or 4
 // Sums in flight: enough to hide a multiply-add's latency, few enough to stay in registers.
@@ -56,50 +54,7 @@ struct Form {
   static constexpr int First(int v) { return v / kUnit * kUnit * kLanes + v % kUnit * 4; }
 };
 
-// The blocks of a vector from, or to, places `stride` floats apart.
-template <class DF>
-HWY_INLINE hn::Vec<DF> LoadBlocks(DF d, const float* from, [[maybe_unused]] int stride) {
-#if HWY_TARGET == HWY_SCALAR
-  return hn::LoadU(d, from);
-#else
-  if constexpr (hn::MaxLanes(d) <= 4) {
-    return hn::LoadU(d, from);
-  } else {
-    const hn::Half<DF> half;
-    constexpr int kHalf = static_cast<int>(hn::MaxLanes(half));
-    return hn::Combine(d, LoadBlocks(half, from + kHalf / 4 * stride, stride), LoadBlocks(half, from, stride));
-  }
-#endif
-}
-
-template <class DF>
-HWY_INLINE void StoreBlocks(DF d, hn::Vec<DF> v, float* to, [[maybe_unused]] int stride) {
-#if HWY_TARGET == HWY_SCALAR
-  hn::StoreU(v, d, to);
-#else
-  if constexpr (hn::MaxLanes(d) <= 4) {
-    hn::StoreU(v, d, to);
-  } else {
-    const hn::Half<DF> half;
-    constexpr int kHalf = static_cast<int>(hn::MaxLanes(half));
-    StoreBlocks(half, hn::LowerHalf(half, v), to, stride);
-    StoreBlocks(half, hn::UpperHalf(half, v), to + kHalf / 4 * stride, stride);
-  }
-#endif
-}
-
 #if HWY_TARGET != HWY_SCALAR
-using D8 = hn::Repartition<uint8_t, D>;
-using D16 = hn::Repartition<uint16_t, D>;
-
-// BF16 values as F32, in units of two.
-HWY_INLINE void WidenWords(hn::Vec<D16> words, V* out) {
-  const D d;
-  const D16 d16;
-  out[0] = hn::BitCast(d, hn::InterleaveLower(d16, hn::Zero(d16), words));
-  out[1] = hn::BitCast(d, hn::InterleaveUpper(d16, hn::Zero(d16), words));
-}
-
 // FP4 codes of as many outputs from `lane` on as a vector has bytes; a panel keeps outputs 0 .. 31 in the low nibbles.
 HWY_INLINE hn::Vec<D8> Nibbles(const uint8_t* pairs, int lane) {
   const D8 d8;
@@ -147,16 +102,7 @@ HWY_INLINE void Widen(const uint8_t* row, int lane, V* out) {
   } else if constexpr (kKind == WeightKind::kBf16) {
     WidenWords(hn::LoadU(D16(), reinterpret_cast<const uint16_t*>(row) + lane), out);
   } else if constexpr (kKind == WeightKind::kFp8) {
-    const D8 d8;
-    const D16 d16;
-    const hn::RebindToSigned<D16> di16;
-    const auto raw = hn::LoadU(d8, row + lane);
-    const auto words = [&](auto high_bytes) HWY_ATTR {
-      const auto shifted = hn::ShiftRight<4>(hn::BitCast(di16, high_bytes));
-      return hn::And(hn::BitCast(d16, shifted), hn::Set(d16, 0x87f0));
-    };
-    WidenWords(words(hn::InterleaveLower(d8, hn::Zero(d8), raw)), out);
-    WidenWords(words(hn::InterleaveUpper(d8, hn::Zero(d8), raw)), out + 2);
+    WidenFp8(hn::LoadU(D8(), row + lane), out);
   } else {
     const D8 d8;
     const D16 d16;
