@@ -281,7 +281,7 @@ TEST_P(Conformance, LanesAreReported) {
   ASSERT_TRUE(SendAndWait("warm", {}).ok());
   const auto statistics = a_->statistics();
   ASSERT_EQ(statistics.lanes.size(), 1u);
-  EXPECT_NE(statistics.lanes[0].find(GetParam() == TransportKind::kLoopback ? "loopback" : "tcp"), std::string::npos)
+  EXPECT_NE(statistics.lanes[0].find(IsLoopback(GetParam()) ? "loopback" : "tcp"), std::string::npos)
       << statistics.lanes[0];
 }
 
