@@ -52,6 +52,25 @@ TEST(Config, EveryMistakeNamesItsField) {
   EXPECT_THAT(ErrorOf("{\"model\":"), ::testing::Not(HasSubstr("\n")));
 }
 
+TEST(Config, AKeyWrittenTwiceIsRefused) {
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"decode":[{"cache_pages":64,"cache_pages":128}]})"),
+              HasSubstr("cache_pages: found twice in one object, allowed once"));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"decode":[{"cache_pages":64,"cachePages":128}]})"),
+              HasSubstr("cachePages: found twice"));
+  EXPECT_THAT(ErrorOf(R"({"router":{"max_requests":1},"model":{"path":"m"},"router":{}})"),
+              HasSubstr("router: found twice"));
+  EXPECT_TRUE(
+      ParseClusterConfig(R"({"model":{"path":"m"},"decode":[{"cache_pages":64},{"cache_pages":64}]})", "/").ok());
+}
+
+TEST(Config, ADocumentThatIsHostileIsRefusedAndNotExpanded) {
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":")" + std::string(1 << 20, 'x') + "\"}}"), HasSubstr("larger than 1 MiB"));
+  EXPECT_FALSE(ErrorOf(std::string(500000, '[')).empty());
+  EXPECT_FALSE(ErrorOf(R"({"model":)" + std::string(100000, '{')).empty());
+  // YAML's anchors and tabs mean nothing here.
+  EXPECT_FALSE(ErrorOf("model: &m\n  path: m\nprefill: [*m]\n").empty());
+}
+
 TEST(Config, OutputLimitsFitARequestAndEachOther) {
   const auto router = [](const std::string& members) { return R"({"model":{"path":"m"},"router":{)" + members + "}}"; };
   EXPECT_THAT(ErrorOf(router(R"("max_tokens_limit":2147483648)")), HasSubstr("router.max_tokens_limit"));
