@@ -7,8 +7,9 @@
 // should cost 12 to 30 us). A transport knows neither: it promises that bytes arrive, not that they are right, nor
 // their order. Proof is the digest's business (digest.h), completeness the manifest's (manifest.h).
 //
-// Implementations: loopback_transport.h (in-process), ucx_transport.h (between processes), fault_transport.h (a
-// decorator that breaks things on purpose). transport_test.cc is the contract in executable form.
+// Implementations: loopback_transport.h (in-process), ucx_transport.h (between processes); decorators of either:
+// sealed_transport.h (what travels is encrypted and proved), staged_transport.h (device memory by way of the host),
+// fault_transport.h (breaks things on purpose). transport_test.cc is the contract in executable form.
 //
 // Threads. Every method may be called from any thread, callbacks included, unless it says otherwise. Handlers and
 // callbacks run one at a time on the transport thread, or on the thread inside WaitFor: they must be short (decode a
@@ -144,6 +145,9 @@ class Transport {
 
   // Required. Whether payloads of this kind can leave from and land in this process.
   virtual bool Supports(MemoryKind kind) const = 0;
+
+  // Optional. The longest header of a message; what a decorator adds to headers is taken off.
+  virtual size_t max_header_bytes() const { return kMaxHeaderBytes; }
 
   // Required. Who gets the messages of a channel (below kMaxChannels); nullptr: messages are dropped as
   // "no_handler". Not from callbacks; after it returns the former handler is no longer called.

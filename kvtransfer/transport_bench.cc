@@ -6,7 +6,8 @@
 //   transport_bench latency BYTES [SECONDS]     ping and pong of BYTES; prints microseconds, half of a round trip
 //   transport_bench wait BYTES [SECONDS]        the same, driven by the waiting thread (WaitFor), as expert rows are
 //   transport_bench handoff BYTES [SECONDS]     extents of BYTES through Sender, Receiver and Verify; prints GB/s
-// The first word may be prefixed by "loopback-" to measure the in-process transport. Payloads are checked: a wrong byte
+// The first word may be prefixed by "loopback-" to measure the in-process transport, before that by "sealed-" to have
+// every message sealed. Payloads are checked: a wrong byte
 // fails the run.
 #include <signal.h>
 #include <spawn.h>
@@ -27,6 +28,7 @@
 #include "absl/strings/strip.h"
 #include "kvtransfer/loopback_transport.h"
 #include "kvtransfer/receiver.h"
+#include "kvtransfer/sealed_transport.h"
 #include "kvtransfer/sender.h"
 #include "kvtransfer/status.h"
 #include "kvtransfer/ucx_transport.h"
@@ -51,6 +53,10 @@ class Handler : public MessageHandler {
  private:
   Function f_;
 };
+
+std::unique_ptr<Transport> MaybeSeal(std::unique_ptr<Transport> transport, bool seal) {
+  return seal ? SealTransport(std::move(transport), HostMemoryFunctions()) : std::move(transport);
+}
 
 TransportOptions Quiet() {
   TransportOptions options;
@@ -110,10 +116,12 @@ class Peer {
 
 int RunPeer(const char* address, size_t bytes) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
+  const std::string parent_address = absl::HexStringToBytes(address);
   auto transport = CreateUcxTransport(Quiet());
   CHECK(transport.ok(), transport.status().ToString());
+  *transport = MaybeSeal(*std::move(transport), IsSealedAddress(parent_address));
   Peer peer(**transport, bytes);
-  auto parent = (*transport)->Connect(absl::HexStringToBytes(address));
+  auto parent = (*transport)->Connect(parent_address);
   CHECK(parent.ok());
   CHECK((*transport)->SendMessage(*parent, kPong, Bytes("hello"), {}, nullptr).ok());
   pause();
@@ -228,21 +236,25 @@ class Bench {
 int Measure(std::string what, const char* bytes_word, double seconds, const char* self) {
   size_t bytes = 0;
   if (!absl::SimpleAtoi(bytes_word, &bytes)) return 2;
-  const bool loopback = what.rfind("loopback-", 0) == 0;
-  if (loopback) what = what.substr(9);
+  const auto prefixed = [&what](const std::string& prefix) {
+    if (what.rfind(prefix, 0) != 0) return false;
+    what = what.substr(prefix.size());
+    return true;
+  };
+  const bool sealed = prefixed("sealed-"), loopback = prefixed("loopback-");
 
   auto hub = LoopbackHub::Create();
   std::unique_ptr<Transport> transport, other;
   std::unique_ptr<Peer> local_peer;
   pid_t child = -1;
   if (loopback) {
-    transport = CreateLoopbackTransport(hub, Quiet());
-    other = CreateLoopbackTransport(hub, Quiet());
+    transport = MaybeSeal(CreateLoopbackTransport(hub, Quiet()), sealed);
+    other = MaybeSeal(CreateLoopbackTransport(hub, Quiet()), sealed);
     local_peer = std::make_unique<Peer>(*other, bytes);
   } else {
     auto created = CreateUcxTransport(Quiet());
     CHECK(created.ok(), created.status().ToString());
-    transport = std::move(*created);
+    transport = MaybeSeal(*std::move(created), sealed);
   }
   double result = 0;
   {
@@ -284,7 +296,7 @@ int main(int argc, char** argv) {
   if (argc == 4 && std::strcmp(argv[1], "--peer") == 0 && absl::SimpleAtoi(argv[3], &bytes))
     return RunPeer(argv[2], bytes);
   if (argc < 3) {
-    std::fprintf(stderr, "usage: %s [loopback-]bandwidth|latency|wait|handoff BYTES [SECONDS]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s [sealed-][loopback-]bandwidth|latency|wait|handoff BYTES [SECONDS]\n", argv[0]);
     return 2;
   }
   return Measure(argv[1], argv[2], argc > 3 ? std::atof(argv[3]) : 1.0, argv[0]);

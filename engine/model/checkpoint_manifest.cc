@@ -6,7 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/model/safetensors_writer.h"
-#include "engine/model/strict_json.h"
+#include "engine/strict_json.h"
 #include "engine/status.h"
 
 namespace millrace {

@@ -18,7 +18,7 @@
 #include "engine/absl_view.h"
 #include "engine/model/checkpoint.h"
 #include "engine/model/mapped_file.h"
-#include "engine/model/strict_json.h"
+#include "engine/strict_json.h"
 #include "engine/status.h"
 
 namespace millrace {

@@ -134,6 +134,12 @@ absl::Status CompleteRouter(v1::RouterSection& router) {
     if (!listens.insert(listen).second)
       return Bad("router", absl::StrCat(listen, " twice"), "one listener per address");
   }
+  if (router.operator_hosts_size() > 64) {
+    return Bad("router.operator_hosts", absl::StrCat(router.operator_hosts_size(), " names"), "64");
+  }
+  for (const std::string& host : router.operator_hosts()) {
+    if (!ValidName(host)) return Bad("router.operator_hosts", host, "host names of 1 to 128 of [A-Za-z0-9._-]");
+  }
   NUMBER("router", router, max_requests, 256, 1, 1u << 20);
   NUMBER("router", router, queue_timeout_ms, 10000, 1, 3600000);
   NUMBER("router", router, default_deadline_ms, 600000, 1, 3600000);
@@ -221,9 +227,27 @@ std::vector<const v1::WorkerSection*> Workers(const v1::ClusterConfig& config) {
   return workers;
 }
 
+// The keys of a seal are agreed on in messages between processes. Whoever can change those messages can put its own
+// keys there, so that a seal without their lock is none.
+absl::Status CheckSeal(const v1::ClusterConfig& config) {
+  if (!config.transfer().seal() || config.security().has_tls()) return absl::OkStatus();
+  const auto check = [](absl::string_view field, const std::string& listen) {
+    if (OnLoopback(listen)) return absl::OkStatus();
+    return Bad("transfer.seal", absl::StrCat("true without security.tls while ", field, " is \"", listen, "\""),
+               "true with security.tls, over which the seal's keys are agreed on and without which they would be "
+               "anybody's, or every internal listener on loopback, or false");
+  };
+  RETURN_IF_ERROR(check("router.control_listen", config.router().control_listen()));
+  for (const v1::WorkerSection* worker : Workers(config)) {
+    RETURN_IF_ERROR(check(absl::StrCat("worker.listen of ", worker->name()), worker->listen()));
+  }
+  return absl::OkStatus();
+}
+
 // What leaves loopback has a lock, or the document says that it need not.
 absl::Status CheckLocks(const v1::ClusterConfig& config) {
   const v1::SecuritySection& security = config.security();
+  RETURN_IF_ERROR(CheckSeal(config));
   if (security.allow_insecure()) return absl::OkStatus();
   const auto check = [](absl::string_view field, const std::string& listen, bool locked, absl::string_view lock) {
     if (locked || listen == "off" || OnLoopback(listen)) return absl::OkStatus();
@@ -240,10 +264,11 @@ absl::Status CheckLocks(const v1::ClusterConfig& config) {
   RETURN_IF_ERROR(check("router.operator_listen", config.router().operator_listen(), !security.api_keys_file().empty(),
                         "security.api_keys_file"));
   const std::string& blocks = config.transfer().listen_address();
-  if (!config.prefill().empty() && (blocks.empty() || blocks == "0.0.0.0" || blocks == "::")) {
+  if (!config.transfer().seal() && !config.prefill().empty() &&
+      (blocks.empty() || blocks == "0.0.0.0" || blocks == "::")) {
     return Bad("transfer.listen_address", blocks.empty() ? "nothing, which is every interface" : blocks,
-               "the address or the interface of a network that only workers share, since blocks are not encrypted, or "
-               "security.allow_insecure");
+               "the address or the interface of a network that only workers share, since blocks are not sealed, or "
+               "transfer.seal, or security.allow_insecure");
   }
   return absl::OkStatus();
 }
@@ -407,7 +432,8 @@ absl::StatusOr<WorkerConfig> SelectWorker(const v1::ClusterConfig& cluster, v1::
 
 bool OnLoopback(std::string_view address) {
   const std::string_view host = address.substr(0, address.rfind(':'));
-  return host.starts_with("127.") || host == "localhost" || host == "[::1]" || host == "::1";
+  const bool is_number = host.find_first_not_of("0123456789.") == std::string_view::npos;
+  return (is_number && host.starts_with("127.")) || host == "localhost" || host == "[::1]" || host == "::1";
 }
 
 }  // namespace millrace

@@ -90,12 +90,40 @@ TEST(Config, WhatLeavesLoopbackHasALockOrSaysThatItNeedsNone) {
   EXPECT_THAT(error(R"("router":{"operator_listen":"0.0.0.0:1"})"), HasSubstr("router.operator_listen"));
   EXPECT_EQ(error(R"("router":{"operator_listen":"0.0.0.0:1"})", R"({"api_keys_file":"keys"})"), "ok");
   EXPECT_EQ(error(R"("expert":[{"worker":{"operator_listen":"0.0.0.0:1"}}])"), "ok");
-  // Blocks are not encrypted by TLS: they stay on a network that was named.
+  // Blocks are not encrypted by TLS: they stay on a network that was named, or are sealed.
   const std::string away = R"("prefill":[{"worker":{"listen":"0.0.0.0:0"}}])";
   EXPECT_THAT(error(away, tls), HasSubstr("transfer.listen_address: found nothing, which is every interface"));
   EXPECT_THAT(error(away + R"(,"transfer":{"listen_address":"0.0.0.0"})", tls), HasSubstr("found 0.0.0.0"));
   EXPECT_EQ(error(away + R"(,"transfer":{"listen_address":"eth1"})", tls), "ok");
+  EXPECT_EQ(error(away + R"(,"transfer":{"seal":true})", tls), "ok");
+  // A seal's keys are agreed on over TLS; nothing but loopback does without, whatever else is allowed.
+  for (const char* security : {"{}", R"({"allow_insecure":true})"}) {
+    EXPECT_THAT(error(away + R"(,"transfer":{"seal":true,"listen_address":"eth1"})", security),
+                HasSubstr("transfer.seal: found true without security.tls while worker.listen of prefill-0"));
+    EXPECT_THAT(error(R"("router":{"control_listen":"10.0.0.1:1"},"transfer":{"seal":true})", security),
+                HasSubstr("transfer.seal: found true without security.tls while router.control_listen"));
+  }
+  EXPECT_EQ(error(R"("prefill":[{}],"decode":[{}],"transfer":{"seal":true})"), "ok");
   EXPECT_THAT(error(R"("transfer":{"listen_port":65536})"), HasSubstr("transfer.listen_port: found 65536"));
+}
+
+TEST(Config, LoopbackIsAnAddressOfItOrLocalhost) {
+  for (const char* address : {"127.0.0.1:1", "127.8.0.1:0", "localhost:80", "[::1]:8081"}) {
+    EXPECT_TRUE(OnLoopback(address)) << address;
+  }
+  for (const char* address : {"0.0.0.0:1", "[::]:1", "10.0.0.1:1", "127.evil.example:1", "router:1", "[::2]:1"}) {
+    EXPECT_FALSE(OnLoopback(address)) << address;
+  }
+}
+
+TEST(Config, NamesOfTheOperatorPortAreHostsWithoutPorts) {
+  const auto with = [](const std::string& hosts) {
+    return R"({"model":{"path":"m"},"router":{"operator_hosts":[)" + hosts + "]}}";
+  };
+  EXPECT_EQ(ErrorOf(with(R"("ops.example","grafana")")), "ok");
+  for (const char* host : {R"("")", R"("ops.example:8081")", R"("http://ops.example")", R"("*.example")"}) {
+    EXPECT_THAT(ErrorOf(with(host)), HasSubstr("router.operator_hosts: found")) << host;
+  }
 }
 
 TEST(Config, LocksAreCompleteAndTheirFilesLieBesideTheDocument) {

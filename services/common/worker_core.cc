@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/device/device_copy.h"
 #include "engine/status.h"
+#include "kvtransfer/sealed_transport.h"
 #include "kvtransfer/staged_transport.h"
 #include "kvtransfer/ucx_transport.h"
 #include "services/common/cache_extents.h"
@@ -135,9 +136,12 @@ std::string WorkerCore::AdvertisedAddress() const {
   return absl::StrCat(host, ":", server_->port());
 }
 
-// Debian's UCX knows no CUDA, and one that does needs the device on the transport thread: cache on a card is carried
-// through host buffers wherever it runs.
-void WorkerCore::StageDeviceMemory() {
+// Sealed where that is asked for. Debian's UCX knows no CUDA, and one that does needs the device on the transport
+// thread: cache on a card is carried through host buffers wherever it runs.
+void WorkerCore::Decorate() {
+  if (config_.cluster.transfer().seal()) {
+    transport_ = kvtransfer::SealTransport(std::move(transport_), kvtransfer::HostMemoryFunctions());
+  }
   if (config_.cluster.model().device() != "cuda") return;
   transport_ = kvtransfer::StageDeviceMemory(std::move(transport_), CacheMemoryFunctions());
 }
@@ -145,7 +149,7 @@ void WorkerCore::StageDeviceMemory() {
 absl::Status WorkerCore::MakeTransport() {
   if (environment_.make_transport) {
     ASSIGN_OR_RETURN(transport_, environment_.make_transport());
-    StageDeviceMemory();
+    Decorate();
     return absl::OkStatus();
   }
   Waiting("the transport's devices");
@@ -154,7 +158,7 @@ absl::Status WorkerCore::MakeTransport() {
   options.listen_address = config_.cluster.transfer().listen_address();
   options.listen_port = static_cast<uint16_t>(config_.cluster.transfer().listen_port());
   ASSIGN_OR_RETURN(transport_, kvtransfer::CreateUcxTransport(options));
-  StageDeviceMemory();
+  Decorate();
   spdlog::info("{} {} transport: {}", RoleWord(config_.role), config_.worker().name(), transport_->Describe());
   return absl::OkStatus();
 }

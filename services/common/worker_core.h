@@ -92,7 +92,7 @@ class WorkerCore {
   TraceLog& traces() { return *traces_; }
 
  private:
-  void StageDeviceMemory();
+  void Decorate();
   void SetServing(bool serving);
   prometheus::Registry& registry() { return own_registry_ ? *own_registry_ : *environment_.registry; }
   void PublishMetrics();

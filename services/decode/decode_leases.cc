@@ -75,7 +75,7 @@ absl::StatusOr<v1::ReserveResponse> DecodeLoop::DoReserve(const v1::ReserveReque
   response.set_transfer_address(options_.transfer_address);
   response.set_ttl_ms(static_cast<uint32_t>(absl::ToInt64Milliseconds(LeaseTtl(request.ttl_ms()))));
   lease_of_request_[{lease.request_id, lease.spec.choice()}] = lease.id;
-  if (metrics_ != nullptr) metrics_->CountLease(lease.epoch);
+  if (metrics_ != nullptr) metrics_->CountLease();
   if (options_.traces != nullptr && !request.traceparent().empty()) {
     lease.trace = options_.traces->Begin(lease.request_id, "decode worker", request.traceparent(), now);
     lease.receive_span = lease.trace->Begin(Phase::kReceive, now);
@@ -111,6 +111,7 @@ absl::StatusOr<Lease*> DecodeLoop::Find(const v1::LeaseRef& ref) {
     return absl::NotFoundError(absl::StrFormat("lease %x is not live here: ended, expired or never granted", ref.id()));
   }
   if (it->second.epoch != ref.epoch() && !failpoints::Bug("bug.stale_attempt")) {
+    if (metrics_ != nullptr) metrics_->CountEpochMismatch();
     return absl::AbortedError(absl::StrCat("stale epoch ", ref.epoch(), ": ", LeaseName(it->second), " has another"));
   }
   return &it->second;

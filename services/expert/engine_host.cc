@@ -13,10 +13,17 @@
 
 namespace millrace::expert {
 
-std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics) {
+namespace {
+
+// In front of a compatibility hash. Two sides of which one seals cannot speak, and shall see why.
+absl::string_view SealWord(bool sealed) { return sealed ? "sealed-" : ""; }
+
+}  // namespace
+
+std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, bool sealed) {
   const std::string text = absl::StrCat(checkpoint.ContentHash(), ";", std::string(NumericsName(numerics)), ";",
                                         vec::KernelSet(), ";wire ", kWireVersion);
-  return absl::StrCat(absl::Hex(XXH3_64bits(text.data(), text.size()), absl::kZeroPad16));
+  return absl::StrCat(SealWord(sealed), absl::Hex(XXH3_64bits(text.data(), text.size()), absl::kZeroPad16));
 }
 
 absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core, const EngineHostOptions& options) {
@@ -25,7 +32,8 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
   ASSIGN_OR_RETURN(host->checkpoint_, core.OpenCheckpoint());
   ASSIGN_OR_RETURN(const Numerics numerics, core.ChooseNumerics(*host->checkpoint_));
   const ModelConfig& model = host->checkpoint_->config();
-  host->expert_compat_hash_ = ExpertCompatHash(*host->checkpoint_, numerics);
+  const bool sealed = config.cluster.transfer().seal();
+  host->expert_compat_hash_ = ExpertCompatHash(*host->checkpoint_, numerics, sealed);
 
   EngineOptions engine_options;
   engine_options.numerics = numerics;
@@ -70,7 +78,7 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
   } else {
     ASSIGN_OR_RETURN(host->engine_, Engine::Create(host->checkpoint_, std::move(engine_options)));
   }
-  host->compat_hash_ = absl::StrCat("w", kWireVersion, "-", host->engine_->CompatibilityHash());
+  host->compat_hash_ = absl::StrCat("w", kWireVersion, "-", SealWord(sealed), host->engine_->CompatibilityHash());
   return host;
 }
 

@@ -19,8 +19,9 @@
 
 namespace millrace::expert {
 
-// What callers and members of a pool must agree on: model content, numerics, kernel set, wire version.
-std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics);
+// What callers and members of a pool must agree on: model content, numerics, kernel set, wire version, and whether
+// messages are sealed, which it says in clear so that a refusal shows it.
+std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, bool sealed);
 
 struct EngineHostOptions {
   int64_t cache_pages = 0;

@@ -369,6 +369,10 @@ absl::Status RemoteExperts::Await(Batch& batch) {
                      absl::StrCat(who, ": no answer within ", absl::FormatDuration(options_.timeout)),
                      {.code = "experts_late"});
   }
+  for (const auto& piece : batch.pieces) {
+    if (piece->state.load() == Piece::kFailed && absl::IsDataLoss(piece->error))
+      return absl::UnavailableError(absl::StrCat(who, ": ", piece->error.message()));
+  }
   return absl::UnavailableError(absl::StrCat(who, ": lost while its rows were awaited"));
 }
 

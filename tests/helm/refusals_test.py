@@ -60,7 +60,11 @@ class Refusals(unittest.TestCase):
         self.refused({}, "auth.existingSecret: found nothing", "--set tls.enabled=false,allowInsecure=true",
                      insecure=False)
         self.refused({"auth": {"existingSecret": "keys"}, "transfer": {"listen_address": "0.0.0.0"}},
-                     "transfer.listen_address", insecure=False)
+                     "transfer.listen_address", "--set transfer.seal=true", insecure=False)
+        self.refused({"transfer": {"seal": True}, "tls": {"enabled": False}}, "transfer.seal: found true")
+        sealed = Rendered({"auth": {"existingSecret": "keys"}, "tls": {"enabled": True}, "allowInsecure": False,
+                           "transfer": {"listen_address": "0.0.0.0", "seal": True}})
+        self.assertIs(sealed.document()["transfer"]["seal"], True)
         self.refused({"tls": {"enabled": True, "certManager": {"enabled": True}}}, "tls.certManager.issuerRef.name")
 
     def test_a_secret_in_the_values_is_refused(self):
