@@ -183,6 +183,15 @@ absl::Status CompleteRoles(v1::ClusterConfig& config) {
     RETURN_IF_ERROR(CompleteWorker(path + ".worker", absl::StrCat("expert-", i), *section.mutable_worker(), names));
     NUMBER(path, section, waves, 2, 1, 64);
     NUMBER(path, section, max_queue, 256, 1, 1u << 16);
+    if (section.device().empty()) section.set_device("cpu");
+    RETURN_IF_ERROR(OneOf(path + ".device", section.device(), {"cpu", "cuda"}));
+    if (section.device() != config.expert(0).device()) {
+      return Bad(path + ".device", section.device(),
+                 absl::StrCat(config.expert(0).device(), ", as expert[0]: members of a pool must give the same bits"));
+    }
+    if (section.device() == "cuda" && config.model().device() != "cuda") {
+      return Bad(path + ".device", "cuda", "cpu, as model.device");
+    }
   }
   return absl::OkStatus();
 }

@@ -203,7 +203,7 @@ void WorkerCore::SetReady(WorkerHooks hooks, v1::WorkerReady ready) {
   ready.set_model_id(config_.cluster.model().id());
   SetModelInfo(registry(), {.role = RoleWord(config_.role),
                             .model = ready.model_id(),
-                            .device = config_.cluster.model().device(),
+                            .device = config_.device(),
                             .numerics = ready.numerics(),
                             .kernel_set = ready.kernel_set(),
                             .compat_hash = ready.compat_hash()});
@@ -253,7 +253,7 @@ void WorkerCore::FillStatus(v1::WorkerStatus& status) {
 void WorkerCore::PublishMetrics() {
   if (!ready_.load()) return;  // the transport may not be there yet
   if (transport_ != nullptr) metrics_.SetTransport(transport_->statistics());
-  if (config_.role == v1::ROLE_EXPERT || config_.cluster.model().device() != "cuda") return;
+  if (config_.device() != "cuda") return;
   if (const auto memory = DeviceMemory(); memory.has_value()) metrics_.SetDeviceMemory(memory->free, memory->total);
 }
 

@@ -7,15 +7,28 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/moe/cuda_experts.h"
+#include "engine/ops/cuda_kernel_set.h"
 #include "engine/ops/vector_cpu.h"
 #include "engine/status.h"
 #include "spdlog/spdlog.h"
 
 namespace millrace::expert {
 
-std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics) {
+std::string PoolKernelSet(const WorkerConfig& config) {
+  return config.pool_on_cuda() ? CudaKernelSet() : vec::KernelSet();
+}
+
+absl::StatusOr<std::unique_ptr<ExpertComputer>> LoadExperts(const WorkerConfig& config, const Checkpoint& checkpoint,
+                                                            LocalExpertsOptions options) {
+  if (!config.pool_on_cuda()) return LocalExperts::Create(checkpoint, std::move(options));
+  options.notice = [](const std::string& line) { spdlog::info("{}", line); };
+  return CreateCudaExperts(checkpoint, std::move(options));
+}
+
+std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, const std::string& kernel_set) {
   const std::string text = absl::StrCat(checkpoint.ContentHash(), ";", std::string(NumericsName(numerics)), ";",
-                                        vec::KernelSet(), ";wire ", kWireVersion);
+                                        kernel_set, ";wire ", kWireVersion);
   return absl::StrCat(absl::Hex(XXH3_64bits(text.data(), text.size()), absl::kZeroPad16));
 }
 
@@ -25,7 +38,7 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
   ASSIGN_OR_RETURN(host->checkpoint_, core.OpenCheckpoint());
   ASSIGN_OR_RETURN(const Numerics numerics, core.ChooseNumerics(*host->checkpoint_));
   const ModelConfig& model = host->checkpoint_->config();
-  host->expert_compat_hash_ = ExpertCompatHash(*host->checkpoint_, numerics);
+  host->expert_compat_hash_ = ExpertCompatHash(*host->checkpoint_, numerics, PoolKernelSet(config));
 
   EngineOptions engine_options;
   engine_options.numerics = numerics;
@@ -47,6 +60,7 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
     remote.pool.over_grpc = config.cluster.transfer().expert_transport() == "grpc";
     remote.pool.on_change = [&core] { core.Nudge(); };
     remote.format = numerics == Numerics::kRelease ? RowFormat::kBf16 : RowFormat::kF32;
+    remote.kernel_set = PoolKernelSet(config);
     remote.timeout = Ms(config.cluster.timers().expert_timeout_ms());
     if (!options.local_experts.empty()) {
       auto experts = ParseExpertSet(options.local_experts, model.n_routed_experts);
@@ -59,7 +73,7 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
       local.numerics = numerics;
       local.experts = *std::move(experts);
       local.num_threads = engine_options.num_threads;
-      ASSIGN_OR_RETURN(host->local_, LocalExperts::Create(*host->checkpoint_, std::move(local)));
+      ASSIGN_OR_RETURN(host->local_, LoadExperts(config, *host->checkpoint_, std::move(local)));
     }
     host->remote_ =
         std::make_unique<RemoteExperts>(std::move(remote), &core.transport(), core.channels(), host->local_.get());
