@@ -157,8 +157,12 @@ void Driver::Run() {
   }
 }
 
+// The engine that was driven last on this thread: two of one process may need different things of it.
+thread_local const Driver* entered = nullptr;
+
 // Tasks first, in order, then timers, then the wire. What callbacks post meanwhile is for the next round.
 bool Driver::DriveLocked() {
+  if (std::exchange(entered, this) != this) engine_.EnterThread();
   std::vector<Task> run;
   {
     std::lock_guard lock(queue_mu_);

@@ -201,6 +201,8 @@ absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerS
   RETURN_IF_ERROR(OneOf("transfer.transport", transfer.transport(), {"ucx"}));
   if (transfer.expert_transport().empty()) transfer.set_expert_transport("kvtransfer");
   RETURN_IF_ERROR(OneOf("transfer.expert_transport", transfer.expert_transport(), {"kvtransfer", "grpc"}));
+  if (transfer.device_memory().empty()) transfer.set_device_memory("staged");
+  RETURN_IF_ERROR(OneOf("transfer.device_memory", transfer.device_memory(), {"staged", "direct"}));
   NUMBER("transfer", transfer, max_inflight_bytes, 64ull << 20, 1ull << 16, 1ull << 40);
   if (transfer.listen_port() > 65535) {
     return Bad("transfer.listen_port", absl::StrCat(transfer.listen_port()), "0 (any free port) to 65535");

@@ -135,10 +135,14 @@ std::string WorkerCore::AdvertisedAddress() const {
   return absl::StrCat(host, ":", server_->port());
 }
 
-// Debian's UCX knows no CUDA, and one that does needs the device on the transport thread: cache on a card is carried
-// through host buffers wherever it runs.
+// Cache of a card goes through host buffers unless the document says that UCX is to move it: Debian's knows no CUDA.
+bool WorkerCore::DeviceMemoryIsDirect() const {
+  return config_.role != v1::ROLE_EXPERT && config_.device() == "cuda" &&
+         config_.cluster.transfer().device_memory() == "direct";
+}
+
 void WorkerCore::StageDeviceMemory() {
-  if (config_.cluster.model().device() != "cuda") return;
+  if (config_.cluster.model().device() != "cuda" || DeviceMemoryIsDirect()) return;
   transport_ = kvtransfer::StageDeviceMemory(std::move(transport_), CacheMemoryFunctions());
 }
 
@@ -153,7 +157,16 @@ absl::Status WorkerCore::MakeTransport() {
   options.name = config_.worker().name();
   options.listen_address = config_.cluster.transfer().listen_address();
   options.listen_port = static_cast<uint16_t>(config_.cluster.transfer().listen_port());
+  if (DeviceMemoryIsDirect()) {
+    options.memory = CacheMemoryFunctions();
+    RETURN_IF_ERROR(options.memory.attach());  // UCX looks for a card when it starts
+  }
   ASSIGN_OR_RETURN(transport_, kvtransfer::CreateUcxTransport(options));
+  if (DeviceMemoryIsDirect() && !transport_->Supports(kvtransfer::MemoryKind::kDevice)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("transfer.device_memory: found direct, UCX ", kvtransfer::UcxVersion(),
+                     " carries no device memory here (built without CUDA, or UCX_TLS leaves it out); use staged"));
+  }
   StageDeviceMemory();
   spdlog::info("{} {} transport: {}", RoleWord(config_.role), config_.worker().name(), transport_->Describe());
   return absl::OkStatus();

@@ -92,6 +92,7 @@ class WorkerCore {
   TraceLog& traces() { return *traces_; }
 
  private:
+  bool DeviceMemoryIsDirect() const;
   void StageDeviceMemory();
   void SetServing(bool serving);
   prometheus::Registry& registry() { return own_registry_ ? *own_registry_ : *environment_.registry; }
