@@ -7,8 +7,8 @@
 // RDMA or TCP; which lanes were really chosen is printed once per connection and is in the statistics.
 //
 // Configuration is UCX's own: UCX_TLS, UCX_NET_DEVICES and the rest are read from the environment, and what they set
-// wins over what is set here. ucx_transport.cc is the only file that includes UCX's headers. Without UCX in the build
-// UcxAvailable() is false and CreateUcxTransport answers Unimplemented.
+// wins over what is set here. Only the ucx_ files include UCX's headers (ucx_transport_impl.h lists them). Without UCX
+// in the build UcxAvailable() is false and CreateUcxTransport answers Unimplemented.
 //
 // An address says where the transport listens and is ours, framed with magic, lengths and digest: one that does not
 // check out is InvalidArgument, and nothing of it is ever parsed by UCX. Junk sent to the ports themselves is UCX's to

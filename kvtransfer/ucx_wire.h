@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What ucx_transport.cc says on the wire around UCX's own bytes: addresses and message frames. Internal to kvtransfer.
+// What the UCX transport says on the wire around UCX's own bytes: addresses and message frames. Internal to kvtransfer.
 //
 // An address is where a listener can be reached, framed by magic, lengths and a digest; nothing in it is UCX's, so no
 // bytes of a peer's making reach a parser of UCX. A message's frame names the connection by a token that its receiver

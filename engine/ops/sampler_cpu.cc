@@ -11,48 +11,27 @@
 //             tokens compared with each other.
 //   draw      inverse of the cumulative weights in ascending id.
 //
-// A token's bits must not depend on the machine that draws it, since a migrated request goes on elsewhere: the
-// exponential is our own (IEEE double arithmetic only, this file is built without contraction to FMA), and sums have
-// eight lanes (id mod 8) in blocks of kBlock whatever the width of the machine's vectors.
+// A token's bits must not depend on the machine that draws it, since a migrated request goes on elsewhere: IEEE double
+// arithmetic in one order, and this file is built without contraction to FMA. The passes over whole rows (maximum,
+// weights) are sampler_weights_cpu.cc.
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
 
 #include "absl/types/span.h"
 #include "engine/ops/sampler.h"
+#include "engine/ops/sampler_arithmetic.h"
+#include "engine/ops/sampler_weights_cpu.h"
 #include "engine/status.h"
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace millrace {
 namespace {
 
-// A machine register's worth of numbers: the baseline's and AVX2's. (GCC ignores a size that depends on a template.)
-struct Vector16 {
-  static constexpr int kFloats = 4, kDoubles = 2;
-  using Float = float __attribute__((vector_size(16)));
-  using Int = int32_t __attribute__((vector_size(16)));
-  using Double = double __attribute__((vector_size(16)));
-  using Long = int64_t __attribute__((vector_size(16)));
-  using HalfFloat = float __attribute__((vector_size(8)));
-};
-struct Vector32 {
-  static constexpr int kFloats = 8, kDoubles = 4;
-  using Float = float __attribute__((vector_size(32)));
-  using Int = int32_t __attribute__((vector_size(32)));
-  using Double = double __attribute__((vector_size(32)));
-  using Long = int64_t __attribute__((vector_size(32)));
-  using HalfFloat = float __attribute__((vector_size(16)));
-};
-
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kGreedyTemperature = 1e-5f;  // vLLM's bound: below it, dividing by the temperature says nothing new
-constexpr int kBlock = 1024;                 // ids per partial sum: 127 blocks for the released vocabulary
 
 struct Candidate {
   double weight;
@@ -65,148 +44,9 @@ bool Better(const Candidate& a, const Candidate& b) { return a.weight != b.weigh
 struct Scratch {
   std::vector<float> adjusted;
   std::vector<uint32_t> seen;
-  std::vector<double> weights, block_sums;
+  RowWeights row;
   std::vector<Candidate> candidates, doubtful;
 };
-
-struct MaxOfRow {
-  float value;
-  bool finite;
-};
-
-// ---- A register at a time ----
-
-// exp(x) for x <= 0 within 2 ulp, 0 below -708 (where doubles end) and for NaN. x = n ln 2 + r, a Taylor series of
-// degree 13 in |r| <= 0.35 (next term 4e-18), and n added to the exponent.
-template <typename V>
-ALWAYS_INLINE typename V::Double Exp(typename V::Double x) {
-  using Double = typename V::Double;
-  using Long = typename V::Long;
-  const Long live = x >= -708.0;
-  const Double clamped =
-      reinterpret_cast<Double>(reinterpret_cast<Long>(x) & live);  // the dead compute exp(0) meanwhile
-  const double kRound = 0x1.8p52;  // adding it leaves the nearest integer in the low mantissa bits
-  const Double shifted = clamped * 0x1.71547652b82fep0 + kRound;
-  const Double n = shifted - kRound;
-  const Double r = (clamped - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
-  // Even and odd terms apart: two chains of half the length.
-  const Double q = r * r;
-  Double odd = q * (1.0 / 6227020800.0) + 1.0 / 39916800.0;
-  Double even = q * (1.0 / 479001600.0) + 1.0 / 3628800.0;
-  odd = odd * q + 1.0 / 362880.0;
-  even = even * q + 1.0 / 40320.0;
-  odd = odd * q + 1.0 / 5040.0;
-  even = even * q + 1.0 / 720.0;
-  odd = odd * q + 1.0 / 120.0;
-  even = even * q + 1.0 / 24.0;
-  odd = odd * q + 1.0 / 6.0;
-  even = even * q + 0.5;
-  odd = odd * q + 1.0;
-  even = even * q + 1.0;
-  const Double p = odd * r + even;
-  const Long bits = reinterpret_cast<Long>(p) + (reinterpret_cast<Long>(shifted) << 52);
-  return reinterpret_cast<Double>(bits & live);
-}
-
-template <typename V>
-ALWAYS_INLINE MaxOfRow FindMaxBody(absl::Span<const float> logits) {
-  typename V::Float max = typename V::Float{} - kInf;
-  typename V::Int good = ~typename V::Int{};
-  const int64_t size = logits.size();
-  int64_t i = 0;
-  for (; i + V::kFloats <= size; i += V::kFloats) {
-    typename V::Float v;
-    std::memcpy(&v, logits.data() + i, sizeof(v));
-    good &= v <= std::numeric_limits<float>::max();  // false for NaN and +inf
-    max = v > max ? v : max;
-  }
-  MaxOfRow result = {-kInf, true};
-  auto add = [&result](float value, bool finite) {
-    result.value = std::max(result.value, value);
-    result.finite = result.finite && finite;
-  };
-  for (int lane = 0; lane < V::kFloats; ++lane) add(max[lane], good[lane] != 0);
-  for (; i < size; ++i) add(logits[i], logits[i] <= std::numeric_limits<float>::max());
-  return result;
-}
-
-// weights[i] = exp((logits[i] - max) * inv_temperature), block_sums one per kBlock ids.
-template <typename V>
-ALWAYS_INLINE void WeighBody(absl::Span<const float> logits, float max, double inv_temperature, double* weights,
-                             double* block_sums) {
-  constexpr int kParts = 8 / V::kDoubles;  // registers that make up the eight lanes
-  const int64_t size = logits.size();
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t end = std::min<int64_t>(begin + kBlock, size);
-    typename V::Double sums[kParts] = {};
-    auto weigh_eight = [&](const float* in, double* out) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int part = 0; part < kParts; ++part) {
-        typename V::HalfFloat x;
-        std::memcpy(&x, in + part * V::kDoubles, sizeof(x));
-        const typename V::Double logit = __builtin_convertvector(x, typename V::Double);
-        const typename V::Double w = Exp<V>((logit - static_cast<double>(max)) * inv_temperature);
-        sums[part] += w;
-        std::memcpy(out + part * V::kDoubles, &w, sizeof(w));
-      }
-    };
-    int64_t i = begin;
-    for (; i + 8 <= end; i += 8) weigh_eight(logits.data() + i, weights + i);
-    if (i < end) {
-      // The last few are computed in a copy padded with -inf, which weighs nothing.
-      float in[8] = {-kInf, -kInf, -kInf, -kInf, -kInf, -kInf, -kInf, -kInf};
-      double out[8];
-      std::copy(logits.begin() + i, logits.begin() + end, in);
-      weigh_eight(in, out);
-      std::copy(out, out + (end - i), weights + i);
-    }
-    double lanes[8];
-    std::memcpy(lanes, sums, sizeof(lanes));
-    *block_sums++ = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-  }
-}
-
-// The same source for the baseline and for AVX2, chosen at run time; the bits are the same.
-#if defined(__x86_64__)
-__attribute__((target("avx2"))) MaxOfRow FindMaxAvx2(absl::Span<const float> logits) {
-  return FindMaxBody<Vector32>(logits);
-}
-__attribute__((target("avx2"))) void WeighAvx2(absl::Span<const float> logits, float max, double inv_temperature,
-                                               double* weights, double* block_sums) {
-  WeighBody<Vector32>(logits, max, inv_temperature, weights, block_sums);
-}
-bool HaveAvx2() {
-  static const bool have = __builtin_cpu_supports("avx2");
-  return have;
-}
-#endif
-
-MaxOfRow FindMax(absl::Span<const float> logits) {
-#if defined(__x86_64__)
-  if (HaveAvx2()) return FindMaxAvx2(logits);
-#endif
-  return FindMaxBody<Vector16>(logits);
-}
-
-// Fills scratch.weights and scratch.block_sums and returns the sum of all.
-double Weigh(absl::Span<const float> logits, float max, double inv_temperature, Scratch& scratch) {
-  scratch.weights.resize(logits.size());
-  scratch.block_sums.resize((logits.size() + kBlock - 1) / kBlock);
-  double* weights = scratch.weights.data();
-  double* block_sums = scratch.block_sums.data();
-#if defined(__x86_64__)
-  if (HaveAvx2()) {
-    WeighAvx2(logits, max, inv_temperature, weights, block_sums);
-  } else {
-    WeighBody<Vector16>(logits, max, inv_temperature, weights, block_sums);
-  }
-#else
-  WeighBody<Vector16>(logits, max, inv_temperature, weights, block_sums);
-#endif
-  double sum = 0;
-  for (double s : scratch.block_sums) sum += s;
-  return sum;
-}
 
 // ---- Adjust ----
 
@@ -309,13 +149,13 @@ void KeepBest(int64_t count, double mass, Scratch& scratch) {
   std::erase_if(candidates, [&](const Candidate& c) { return Better(last_kept, c); });
 }
 
-// Applies min-p, top-k and top-p to scratch.weights; what survives is in scratch.candidates, in ascending id.
+// Applies min-p, top-k and top-p to scratch.row.weights; what survives is in scratch.candidates, in ascending id.
 void Truncate(const SamplingParams& p, Scratch& scratch) {
   std::vector<Candidate>& candidates = scratch.candidates;
   const double floor = std::min(p.min_p, 1.0f);  // the heaviest token weighs exactly 1 and always stays
   candidates.clear();
-  for (size_t id = 0; id < scratch.weights.size(); ++id) {
-    const double w = scratch.weights[id];
+  for (size_t id = 0; id < scratch.row.weights.size(); ++id) {
+    const double w = scratch.row.weights[id];
     if (w > 0 && w >= floor) candidates.push_back({w, static_cast<int32_t>(id)});
   }
   if (p.top_k > 0) KeepBest(p.top_k, kInf, scratch);
@@ -342,17 +182,17 @@ int32_t DrawFromCandidates(const std::vector<Candidate>& candidates, double u) {
 }
 
 // The same over the whole vocabulary, whose block sums are known.
-int32_t DrawFromAll(const Scratch& scratch, double total, double u) {
+int32_t DrawFromAll(const RowWeights& row, double total, double u) {
   const double target = u * total;
   double cumulative = 0;
   int32_t last = -1;
-  for (size_t block = 0; block < scratch.block_sums.size(); ++block) {
-    const double after = cumulative + scratch.block_sums[block];
-    const size_t begin = block * kBlock, end = std::min(begin + kBlock, scratch.weights.size());
-    if (after > target || block + 1 == scratch.block_sums.size()) {
+  for (size_t block = 0; block < row.block_sums.size(); ++block) {
+    const double after = cumulative + row.block_sums[block];
+    const size_t begin = block * kSamplerBlock, end = std::min(begin + kSamplerBlock, row.weights.size());
+    if (after > target || block + 1 == row.block_sums.size()) {
       for (size_t id = begin; id < end; ++id) {
-        if (scratch.weights[id] == 0) continue;
-        cumulative += scratch.weights[id];
+        if (row.weights[id] == 0) continue;
+        cumulative += row.weights[id];
         last = static_cast<int32_t>(id);
         if (cumulative > target) return last;
       }
@@ -362,18 +202,11 @@ int32_t DrawFromAll(const Scratch& scratch, double total, double u) {
     cumulative = after;
   }
   // Only if the trailing blocks weigh nothing and rounding ate the rest: the last id that weighs anything.
-  for (size_t id = scratch.weights.size(); id-- > 0;) {
-    if (scratch.weights[id] > 0) return static_cast<int32_t>(id);
+  for (size_t id = row.weights.size(); id-- > 0;) {
+    if (row.weights[id] > 0) return static_cast<int32_t>(id);
   }
   CHECK(false, "a finite row has a token of weight 1");
   return -1;
-}
-
-// 53 bits: [0, 1).
-double UniformDraw(const SamplingRequest& request) {
-  const PhiloxWords words = Philox4x32(request.params.seed, request.token_index, request.choice);
-  const uint64_t bits = static_cast<uint64_t>(words.v[1]) << 32 | words.v[0];
-  return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
 int32_t FirstWithValue(absl::Span<const float> logits, float value) {
@@ -427,7 +260,7 @@ SampledToken Sample(absl::Span<const float> raw_logits, const SamplingRequest& r
     token.finite = false;
     return token;
   }
-  double total = Weigh(logits, max.value, 1.0, scratch);
+  double total = Weigh(logits, max.value, 1.0, scratch.row);
   const double log_total = std::log(total);
   auto logprob = [&](float logit) {
     return static_cast<float>((static_cast<double>(logit) - static_cast<double>(max.value)) - log_total);
@@ -436,14 +269,14 @@ SampledToken Sample(absl::Span<const float> raw_logits, const SamplingRequest& r
   if (!(p.temperature >= kGreedyTemperature)) {
     token.id = FirstWithValue(logits, max.value);
   } else {
-    if (p.temperature != 1.0f) total = Weigh(logits, max.value, 1.0 / static_cast<double>(p.temperature), scratch);
+    if (p.temperature != 1.0f) total = Weigh(logits, max.value, 1.0 / static_cast<double>(p.temperature), scratch.row);
     const double u = UniformDraw(request);
     const bool truncates = p.top_p < 1.0f || p.min_p > 0.0f || p.top_k > 0;
     if (truncates) {
       Truncate(p, scratch);
       token.id = DrawFromCandidates(scratch.candidates, u);
     } else {
-      token.id = DrawFromAll(scratch, total, u);
+      token.id = DrawFromAll(scratch.row, total, u);
     }
   }
   token.logprob = logprob(logits[token.id]);

@@ -11,39 +11,21 @@
 #include "engine/device/cuda_device.h"
 #include "engine/ops/cuda_format.cuh"
 #include "engine/ops/cuda_sampler.h"
+#include "engine/ops/sampler_arithmetic.h"
 #include "engine/status.h"
 
 namespace millrace::cuda {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kBlock = 1024;  // ids per partial sum
-constexpr int kLanes = 8;
-constexpr int kMaxBlocks = 2048;             // their sums fit a block's shared memory: vocabularies up to 2^21
-constexpr float kGreedyTemperature = 1e-5f;  // as the CPU's
+constexpr int kBlock = kSamplerBlock, kLanes = kSamplerLanes;
+constexpr int kMaxBlocks = 2048;  // their sums fit a block's shared memory: vocabularies up to 2^21
 
-// exp(x) for x <= 0, 0 below -708 and for NaN: the CPU's series, operation by operation.
+// exp(x) for x <= 0, 0 below kLeastSamplerExponent and for NaN.
 __device__ inline double SamplerExp(double x) {
-  const bool live = x >= -708.0;
-  const double clamped = live ? x : 0.0;
-  const double shifted = clamped * 0x1.71547652b82fep0 + 0x1.8p52;
-  const double n = shifted - 0x1.8p52;
-  const double r = (clamped - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
-  const double q = r * r;
-  double odd = q * (1.0 / 6227020800.0) + 1.0 / 39916800.0;
-  double even = q * (1.0 / 479001600.0) + 1.0 / 3628800.0;
-  odd = odd * q + 1.0 / 362880.0;
-  even = even * q + 1.0 / 40320.0;
-  odd = odd * q + 1.0 / 5040.0;
-  even = even * q + 1.0 / 720.0;
-  odd = odd * q + 1.0 / 120.0;
-  even = even * q + 1.0 / 24.0;
-  odd = odd * q + 1.0 / 6.0;
-  even = even * q + 0.5;
-  odd = odd * q + 1.0;
-  even = even * q + 1.0;
-  const double p = odd * r + even;
-  const long long bits = __double_as_longlong(p) + (__double_as_longlong(shifted) << 52);
+  const bool live = x >= kLeastSamplerExponent;
+  const SamplerExponential<double> e = SamplerExpSeries(live ? x : 0.0);
+  const long long bits = __double_as_longlong(e.p) + (__double_as_longlong(e.shifted) << 52);
   return live ? __longlong_as_double(bits) : 0.0;
 }
 
@@ -249,8 +231,7 @@ DrawRequest MakeDrawRequest(const SamplingRequest& request, int32_t row) {
   draw.greedy = p.temperature >= kGreedyTemperature ? 0 : 1;
   if (draw.greedy != 0) return draw;
   if (p.temperature != 1.0f) draw.inv_temperature = 1.0 / static_cast<double>(p.temperature);
-  const PhiloxWords words = Philox4x32(p.seed, request.token_index, request.choice);
-  draw.uniform = static_cast<double>((static_cast<uint64_t>(words.v[1]) << 32 | words.v[0]) >> 11) * 0x1p-53;
+  draw.uniform = UniformDraw(request);
   return draw;
 }
 

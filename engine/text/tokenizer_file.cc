@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads as a checklist: the parts of tokenizer.json in order, each either understood or refused.
+// The vocabulary, added tokens and merges of tokenizer.json, checked entry by entry; what surrounds them is
+// tokenizer_pipeline.cc.
 #include "engine/text/tokenizer_file.h"
 
 #include <xxhash.h>
@@ -10,28 +11,16 @@
 #include <optional>
 #include <utility>
 
-#include "absl/strings/escaping.h"
 #include "absl/strings/str_format.h"
 #include "engine/status.h"
 #include "engine/text/concat.h"
-// Every conversion that could throw becomes a compile error.
-#define SIMDJSON_EXCEPTIONS 0
-#include "simdjson.h"
+#include "engine/text/tokenizer_pipeline.h"
 
 namespace millrace::text {
 namespace {
 
 using simdjson::dom::array;
-using simdjson::dom::element;
 using simdjson::dom::object;
-
-// The released patterns after NormalizePattern, in order.
-constexpr std::string_view kReleasedPatterns[] = {
-    "\\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-};
 
 // What a chat needs; the other control tokens are missed only by the request that uses them.
 constexpr std::string_view kRequiredTokens[] = {"<｜begin▁of▁sentence｜>",
@@ -43,29 +32,6 @@ constexpr std::string_view kRequiredTokens[] = {"<｜begin▁of▁sentence｜>",
                                                 "｜DSML｜"};
 
 constexpr size_t kMaxAddedTokenBytes = 256;
-
-absl::Status Bad(std::string_view field, std::string_view found, std::string_view expected) {
-  return absl::InvalidArgumentError(Concat("tokenizer.json: ", field, ": found ", found, ", expected ", expected));
-}
-
-// A value for an error message: one line, never long.
-std::string Show(std::string_view text) {
-  constexpr size_t kMax = 60;
-  std::string shown = absl::Utf8SafeCEscape(AbslView(text.substr(0, kMax)));
-  return Concat("\"", shown, text.size() > kMax ? "...\"" : "\"");
-}
-std::string Show(element known) {
-  std::string_view text;
-  if (known.get(text) == simdjson::SUCCESS) return Show(text);
-  if (int64_t number; known.get(number) == simdjson::SUCCESS) return Concat(number);
-  if (double number; known.get(number) == simdjson::SUCCESS) return Concat(number);
-  if (bool flag; known.get(flag) == simdjson::SUCCESS) return flag ? "true" : "false";
-  return known.is_object() ? "an object" : known.is_array() ? "an array" : "null";
-}
-std::string Show(const simdjson::simdjson_result<element>& value) {
-  element known;
-  return value.get(known) == simdjson::SUCCESS ? Show(known) : "nothing";
-}
 
 // GPT-2's map of bytes to printable characters: printable Latin-1 stands for itself, the rest is moved to U+0100 on.
 struct ByteAlphabet {
@@ -105,15 +71,10 @@ struct ByteAlphabet {
 
 class Parser {
  public:
-  Parser(element root, int vocab_size) : root_(root), vocab_size_(vocab_size) {}
+  Parser(JsonElement root, int vocab_size) : root_(root), vocab_size_(vocab_size) {}
 
   absl::StatusOr<TokenizerFile> Parse() {
-    RETURN_IF_ERROR(CheckNoTruncation());
-    RETURN_IF_ERROR(CheckNormalizer());
-    RETURN_IF_ERROR(CheckPreTokenizer());
-    RETURN_IF_ERROR(CheckPostProcessor());
-    RETURN_IF_ERROR(CheckDecoder());
-    RETURN_IF_ERROR(CheckModel());
+    RETURN_IF_ERROR(CheckPipeline(root_));
     RETURN_IF_ERROR(ReadVocab());
     RETURN_IF_ERROR(ReadAddedTokens());
     RETURN_IF_ERROR(CheckEveryIdHasAnEntry());
@@ -124,122 +85,23 @@ class Parser {
   }
 
  private:
-  static bool IsNullOrAbsent(const simdjson::simdjson_result<element>& value) {
-    element known;
-    return value.get(known) != simdjson::SUCCESS || known.is_null();
-  }
-  static bool IsString(const simdjson::simdjson_result<element>& value, std::string_view expected) {
-    std::string_view text;
-    return value.get(text) == simdjson::SUCCESS && text == expected;
-  }
-  static bool IsFalse(const simdjson::simdjson_result<element>& value) {
-    bool flag = true;
-    return value.get(flag) == simdjson::SUCCESS && !flag;
-  }
-
-  absl::Status CheckNoTruncation() {
-    for (const char* field : {"truncation", "padding"}) {
-      if (!IsNullOrAbsent(root_[field])) return Bad(field, Show(root_[field]), "null");
-    }
-    return absl::OkStatus();
-  }
-
-  absl::Status CheckNormalizer() {
-    const auto normalizer = root_["normalizer"];
-    if (IsNullOrAbsent(normalizer)) return absl::OkStatus();
-    array parts;
-    if (IsString(normalizer["type"], "Sequence") && normalizer["normalizers"].get(parts) == simdjson::SUCCESS &&
-        parts.size() == 0) {
-      return absl::OkStatus();
-    }
-    return Bad("normalizer", Show(normalizer), "null or an empty Sequence");
-  }
-
-  absl::Status CheckPreTokenizer() {
-    const auto pre = root_["pre_tokenizer"];
-    array parts;
-    if (!IsString(pre["type"], "Sequence") || pre["pretokenizers"].get(parts) != simdjson::SUCCESS) {
-      return Bad("pre_tokenizer.type", Show(pre["type"]), "\"Sequence\" with pretokenizers");
-    }
-    constexpr size_t kSplits = std::size(kReleasedPatterns);
-    if (parts.size() != kSplits + 1) {
-      return Bad("pre_tokenizer.pretokenizers", Concat(parts.size(), " entries"), "3 Split and 1 ByteLevel");
-    }
-    for (size_t i = 0; i < kSplits; ++i) {
-      const std::string field = Concat("pre_tokenizer.pretokenizers[", i, "]");
-      const auto part = parts.at(i);
-      if (!IsString(part["type"], "Split")) return Bad(field + ".type", Show(part["type"]), "\"Split\"");
-      std::string_view pattern;
-      if (part["pattern"]["Regex"].get(pattern) != simdjson::SUCCESS) {
-        return Bad(field + ".pattern", Show(part["pattern"]), "a Regex");
-      }
-      if (NormalizePattern(pattern) != kReleasedPatterns[i]) {
-        return Bad(field + ".pattern.Regex", Show(pattern), "the released pattern of DeepSeek-V4");
-      }
-      if (!IsString(part["behavior"], "Isolated"))
-        return Bad(field + ".behavior", Show(part["behavior"]), "\"Isolated\"");
-      if (!IsFalse(part["invert"])) return Bad(field + ".invert", Show(part["invert"]), "false");
-    }
-    const std::string field = Concat("pre_tokenizer.pretokenizers[", kSplits, "]");
-    const auto last = parts.at(kSplits);
-    if (!IsString(last["type"], "ByteLevel")) return Bad(field + ".type", Show(last["type"]), "\"ByteLevel\"");
-    for (const char* flag : {"add_prefix_space", "use_regex"}) {
-      if (!IsFalse(last[flag])) return Bad(Concat(field, ".", flag), Show(last[flag]), "false");
-    }
-    return absl::OkStatus();
-  }
-
-  // A ByteLevel post-processor only moves offsets; anything else would add tokens.
-  absl::Status CheckPostProcessor() {
-    const auto post = root_["post_processor"];
-    if (IsNullOrAbsent(post) || IsString(post["type"], "ByteLevel")) return absl::OkStatus();
-    return Bad("post_processor", Show(post), "null or ByteLevel");
-  }
-
-  absl::Status CheckDecoder() {
-    if (IsString(root_["decoder"]["type"], "ByteLevel")) return absl::OkStatus();
-    return Bad("decoder", Show(root_["decoder"]), "ByteLevel");
-  }
-
-  absl::Status CheckModel() {
-    const auto model = root_["model"];
-    // Old files do not write the type.
-    if (!IsNullOrAbsent(model["type"]) && !IsString(model["type"], "BPE")) {
-      return Bad("model.type", Show(model["type"]), "\"BPE\"");
-    }
-    for (const char* field : {"dropout", "unk_token"}) {
-      if (!IsNullOrAbsent(model[field])) return Bad(Concat("model.", field), Show(model[field]), "null");
-    }
-    for (const char* field : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-      if (!IsNullOrAbsent(model[field]) && !IsString(model[field], "")) {
-        return Bad(Concat("model.", field), Show(model[field]), "null or \"\"");
-      }
-    }
-    for (const char* field : {"fuse_unk", "byte_fallback", "ignore_merges"}) {
-      if (!IsNullOrAbsent(model[field]) && !IsFalse(model[field])) {
-        return Bad(Concat("model.", field), Show(model[field]), "false");
-      }
-    }
-    return absl::OkStatus();
-  }
-
   absl::Status ReadVocab() {
     object vocab;
     if (root_["model"]["vocab"].get(vocab) != simdjson::SUCCESS) {
-      return Bad("model.vocab", Show(root_["model"]["vocab"]), "an object");
+      return BadTokenizer("model.vocab", Show(root_["model"]["vocab"]), "an object");
     }
     spellings_.resize(vocab_size_);
     for (const auto& entry : vocab) {
       const std::string field = Concat("model.vocab[", Show(entry.key), "]");
       int64_t id = -1;
       if (entry.value.get(id) != simdjson::SUCCESS || id < 0 || id >= vocab_size_) {
-        return Bad(field, Show(entry.value), Concat("an id from 0 to ", vocab_size_ - 1));
+        return BadTokenizer(field, Show(entry.value), Concat("an id from 0 to ", vocab_size_ - 1));
       }
-      if (entry.key.empty()) return Bad(field, "an empty token", "at least one character");
+      if (entry.key.empty()) return BadTokenizer(field, "an empty token", "at least one character");
       if (spellings_[id].has_value()) {
-        return Bad(field, Concat("id ", id), Concat("an id of its own (", Show(*spellings_[id]), " has it)"));
+        return BadTokenizer(field, Concat("id ", id), Concat("an id of its own (", Show(*spellings_[id]), " has it)"));
       }
-      if (!file_.ids.emplace(entry.key, id).second) return Bad(field, "a second entry", "one");
+      if (!file_.ids.emplace(entry.key, id).second) return BadTokenizer(field, "a second entry", "one");
       spellings_[id] = std::string(entry.key);
     }
     return absl::OkStatus();
@@ -251,51 +113,52 @@ class Parser {
     if (IsNullOrAbsent(root_["added_tokens"])) return absl::OkStatus();  // CheckRequiredTokens names what is missing
     array added;
     if (root_["added_tokens"].get(added) != simdjson::SUCCESS) {
-      return Bad("added_tokens", Show(root_["added_tokens"]), "an array");
+      return BadTokenizer("added_tokens", Show(root_["added_tokens"]), "an array");
     }
     size_t index = 0;
-    for (const element token : added) {
+    for (const JsonElement token : added) {
       RETURN_IF_ERROR(ReadAddedToken(token, Concat("added_tokens[", index++, "]")));
     }
     return absl::OkStatus();
   }
 
-  absl::Status ReadAddedToken(element token, const std::string& field) {
+  absl::Status ReadAddedToken(JsonElement token, const std::string& field) {
     std::string_view content;
     if (token["content"].get(content) != simdjson::SUCCESS) {
-      return Bad(field + ".content", Show(token["content"]), "a string");
+      return BadTokenizer(field + ".content", Show(token["content"]), "a string");
     }
-    if (content.empty()) return Bad(field + ".content", "an empty string", "at least one character");
+    if (content.empty()) return BadTokenizer(field + ".content", "an empty string", "at least one character");
     if (content.size() > kMaxAddedTokenBytes) {
-      return Bad(field + ".content", Concat(content.size(), " bytes"), Concat("at most ", kMaxAddedTokenBytes));
+      return BadTokenizer(field + ".content", Concat(content.size(), " bytes"),
+                          Concat("at most ", kMaxAddedTokenBytes));
     }
     if (content.find_first_of("\r\n") != std::string_view::npos) {
-      return Bad(field + ".content", Show(content), "no line break");
+      return BadTokenizer(field + ".content", Show(content), "no line break");
     }
     int64_t id = -1;
     if (token["id"].get(id) != simdjson::SUCCESS || id < 0 || id >= vocab_size_) {
-      return Bad(field + ".id", Show(token["id"]), Concat("an id from 0 to ", vocab_size_ - 1));
+      return BadTokenizer(field + ".id", Show(token["id"]), Concat("an id from 0 to ", vocab_size_ - 1));
     }
     for (const char* flag : {"single_word", "lstrip", "rstrip"}) {
       if (!IsNullOrAbsent(token[flag]) && !IsFalse(token[flag])) {
-        return Bad(Concat(field, ".", flag), Show(token[flag]), "false");
+        return BadTokenizer(Concat(field, ".", flag), Show(token[flag]), "false");
       }
     }
-    if (file_.is_added[id]) return Bad(field + ".id", Concat(id), "an id that no other added token has");
+    if (file_.is_added[id]) return BadTokenizer(field + ".id", Concat(id), "an id that no other added token has");
     // An added token may stand in the vocabulary too, but then with the same id.
     if (const auto known = file_.ids.find(AbslView(content)); known != file_.ids.end() && known->second != id) {
-      return Bad(field + ".content", Concat(Show(content), ", which has id ", known->second),
-                 Concat("a token of its own for id ", id));
+      return BadTokenizer(field + ".content", Concat(Show(content), ", which has id ", known->second),
+                          Concat("a token of its own for id ", id));
     }
     if (spellings_[id].has_value() && *spellings_[id] != content) {
-      return Bad(field + ".id", Concat(id, ", which is ", Show(*spellings_[id])), "an id of its own");
+      return BadTokenizer(field + ".id", Concat(id, ", which is ", Show(*spellings_[id])), "an id of its own");
     }
     bool special = false, normalized = false;
     if (!IsNullOrAbsent(token["special"]) && token["special"].get(special) != simdjson::SUCCESS) {
-      return Bad(field + ".special", Show(token["special"]), "true or false");
+      return BadTokenizer(field + ".special", Show(token["special"]), "true or false");
     }
     if (!IsNullOrAbsent(token["normalized"]) && token["normalized"].get(normalized) != simdjson::SUCCESS) {
-      return Bad(field + ".normalized", Show(token["normalized"]), "true or false");
+      return BadTokenizer(field + ".normalized", Show(token["normalized"]), "true or false");
     }
     spellings_[id] = std::string(content);
     file_.ids.emplace(content, id);
@@ -309,13 +172,13 @@ class Parser {
   absl::Status CheckEveryIdHasAnEntry() {
     size_t size = spellings_.size();
     while (size > 0 && !spellings_[size - 1].has_value()) --size;
-    if (size == 0) return Bad("model.vocab", "no entries", "the vocabulary");
+    if (size == 0) return BadTokenizer("model.vocab", "no entries", "the vocabulary");
     spellings_.resize(size);
     file_.special.resize(size);
     file_.is_added.resize(size);
     for (size_t id = 0; id < size; ++id) {
       if (!spellings_[id].has_value()) {
-        return Bad("model.vocab", Concat("no entry for id ", id), Concat("one for each id up to ", size - 1));
+        return BadTokenizer("model.vocab", Concat("no entry for id ", id), Concat("one for each id up to ", size - 1));
       }
       file_.bytes.push_back(alphabet_.Decode(*spellings_[id]));
     }
@@ -326,8 +189,8 @@ class Parser {
     for (int b = 0; b < 256; ++b) {
       const auto found = file_.ids.find(alphabet_.spelling[b]);
       if (found == file_.ids.end() || file_.is_added[found->second]) {
-        return Bad("model.vocab", absl::StrFormat("no entry for byte 0x%02X", b),
-                   Concat("a plain token ", Show(alphabet_.spelling[b])));
+        return BadTokenizer("model.vocab", absl::StrFormat("no entry for byte 0x%02X", b),
+                            Concat("a plain token ", Show(alphabet_.spelling[b])));
       }
       file_.byte_ids[b] = found->second;
     }
@@ -337,15 +200,15 @@ class Parser {
   absl::Status ReadMerges() {
     array merges;
     if (root_["model"]["merges"].get(merges) != simdjson::SUCCESS) {
-      return Bad("model.merges", Show(root_["model"]["merges"]), "an array");
+      return BadTokenizer("model.merges", Show(root_["model"]["merges"]), "an array");
     }
     // Counted by walking: simdjson's own count stops at 2^24.
     absl::flat_hash_map<std::pair<int32_t, int32_t>, int> seen;
-    for (const element merge : merges) {
+    for (const JsonElement merge : merges) {
       const std::string field = Concat("model.merges[", file_.merges.size(), "]");
       // Each merge makes an entry of the vocabulary, so there cannot be more of them.
       if (file_.merges.size() == file_.bytes.size()) {
-        return Bad(field, "one more merge", Concat("at most ", file_.bytes.size(), ", one per token"));
+        return BadTokenizer(field, "one more merge", Concat("at most ", file_.bytes.size(), ", one per token"));
       }
       std::string_view left, right;
       RETURN_IF_ERROR(SplitMerge(merge, field, left, right));
@@ -355,10 +218,10 @@ class Parser {
       ASSIGN_OR_RETURN(rule.result, KnownToken(field, Concat(left, right)));
       // Otherwise plain text could become a control token.
       if (file_.is_added[rule.result]) {
-        return Bad(field, Concat("a way to the added token ", Show(Concat(left, right))), "a plain token");
+        return BadTokenizer(field, Concat("a way to the added token ", Show(Concat(left, right))), "a plain token");
       }
       if (const auto [first, is_new] = seen.try_emplace({rule.left, rule.right}, file_.merges.size()); !is_new) {
-        return Bad(field, Concat("the pair of model.merges[", first->second, "]"), "each pair once");
+        return BadTokenizer(field, Concat("the pair of model.merges[", first->second, "]"), "each pair once");
       }
       file_.merges.push_back(rule);
     }
@@ -366,7 +229,7 @@ class Parser {
   }
 
   // Both spellings: "a b" of older files and ["a", "b"] of newer ones.
-  static absl::Status SplitMerge(element merge, const std::string& field, std::string_view& left,
+  static absl::Status SplitMerge(JsonElement merge, const std::string& field, std::string_view& left,
                                  std::string_view& right) {
     array pair;
     if (merge.get(pair) == simdjson::SUCCESS) {
@@ -381,12 +244,13 @@ class Parser {
         return absl::OkStatus();
       }
     }
-    return Bad(field, Show(merge), "two tokens");
+    return BadTokenizer(field, Show(merge), "two tokens");
   }
 
   absl::StatusOr<int32_t> KnownToken(const std::string& field, std::string_view spelling) {
     const auto found = file_.ids.find(AbslView(spelling));
-    if (found == file_.ids.end()) return Bad(field, Concat("unknown token ", Show(spelling)), "a vocabulary entry");
+    if (found == file_.ids.end())
+      return BadTokenizer(field, Concat("unknown token ", Show(spelling)), "a vocabulary entry");
     return found->second;
   }
 
@@ -394,13 +258,13 @@ class Parser {
     for (const std::string_view token : kRequiredTokens) {
       const auto found = file_.ids.find(AbslView(token));
       if (found == file_.ids.end() || !file_.is_added[found->second]) {
-        return Bad("added_tokens", Concat("no ", token), "every control token of a chat");
+        return BadTokenizer("added_tokens", Concat("no ", token), "every control token of a chat");
       }
     }
     return absl::OkStatus();
   }
 
-  const element root_;
+  const JsonElement root_;
   const int vocab_size_;
   const ByteAlphabet alphabet_;
   std::vector<std::optional<std::string>> spellings_;  // by id
@@ -408,32 +272,6 @@ class Parser {
 };
 
 }  // namespace
-
-std::string NormalizePattern(std::string_view pattern) {
-  std::string normalized;
-  for (size_t i = 0; i < pattern.size(); ++i) {
-    if (pattern[i] != '\\' || i + 1 == pattern.size()) {
-      normalized.push_back(pattern[i]);
-      continue;
-    }
-    const char escaped = pattern[++i];
-    switch (escaped) {
-      case 'r':
-        normalized.push_back('\r');
-        break;
-      case 'n':
-        normalized.push_back('\n');
-        break;
-      case '"':
-      case '/':
-        normalized.push_back(escaped);
-        break;
-      default:
-        normalized.append({'\\', escaped});
-    }
-  }
-  return normalized;
-}
 
 absl::StatusOr<std::string> ReadTokenizerFile(const std::string& path, int vocab_size) {
   // Each id costs at most a vocabulary entry, a merge and an added token; released files need about 60 bytes an id.
@@ -443,24 +281,24 @@ absl::StatusOr<std::string> ReadTokenizerFile(const std::string& path, int vocab
     return absl::NotFoundError(
         Concat("tokenizer.json: file: found nothing to read at ", path, ", expected a tokenizer"));
   const int64_t bytes = in.tellg();
-  if (bytes < 0) return Bad("file", "something that is not a file", "a file");
-  if (bytes > max_bytes) return Bad("file", Concat(bytes, " bytes"), Concat("at most ", max_bytes));
+  if (bytes < 0) return BadTokenizer("file", "something that is not a file", "a file");
+  if (bytes > max_bytes) return BadTokenizer("file", Concat(bytes, " bytes"), Concat("at most ", max_bytes));
   std::string json(static_cast<size_t>(bytes), '\0');
   in.seekg(0);
-  if (!in.read(json.data(), bytes)) return Bad("file", "a read error", Concat(bytes, " bytes"));
+  if (!in.read(json.data(), bytes)) return BadTokenizer("file", "a read error", Concat(bytes, " bytes"));
   return json;
 }
 
 absl::StatusOr<TokenizerFile> ParseTokenizerFile(std::string_view json, int vocab_size) {
-  if (vocab_size <= 0) return Bad("vocab_size", Concat(vocab_size), "a positive number");
+  if (vocab_size <= 0) return BadTokenizer("vocab_size", Concat(vocab_size), "a positive number");
   simdjson::dom::parser parser;
-  element root;
+  JsonElement root;
   const simdjson::error_code error = parser.parse(simdjson::padded_string(json)).get(root);
-  if (error == simdjson::EMPTY) return Bad("file", "nothing", "a JSON object");
+  if (error == simdjson::EMPTY) return BadTokenizer("file", "nothing", "a JSON object");
   if (error != simdjson::SUCCESS) {
-    return Bad("file", Concat("broken JSON (", simdjson::error_message(error), ")"), "a JSON object");
+    return BadTokenizer("file", Concat("broken JSON (", simdjson::error_message(error), ")"), "a JSON object");
   }
-  if (!root.is_object()) return Bad("file", Show(root), "a JSON object");
+  if (!root.is_object()) return BadTokenizer("file", Show(root), "a JSON object");
   ASSIGN_OR_RETURN(TokenizerFile file, Parser(root, vocab_size).Parse());
   const XXH128_hash_t hash = XXH3_128bits(json.data(), json.size());
   file.hash = absl::StrFormat("%016x%016x", hash.high64, hash.low64);

@@ -36,6 +36,7 @@ int RunRouter(Arguments arguments) {
   }
   static StopSignal stop;  // lives as long as the process, as its handler thread does
   stop.InstallHandlers();
+  stop.LeaveWithin(name, absl::Milliseconds(config->timers().drain_grace_ms()) + kLeaveAfterGrace);
   SetUpLogging(
       {.role = "router", .name = name, .level = config->router().log_level(), .format = config->router().log_format()});
 

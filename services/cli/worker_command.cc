@@ -100,6 +100,8 @@ int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
   }
   static StopSignal stop;  // lives as long as the process, as its handler thread does
   stop.InstallHandlers();
+  stop.LeaveWithin(config->worker().name(),
+                   absl::Milliseconds(config->cluster.timers().drain_grace_ms()) + kLeaveAfterGrace);
   SetUpLogging({.role = role.command,
                 .name = config->worker().name(),
                 .level = config->worker().log_level(),

@@ -6,6 +6,10 @@
 #include <unistd.h>
 
 #include <thread>
+#include <utility>
+
+#include "absl/time/clock.h"
+#include "spdlog/spdlog.h"
 
 namespace millrace {
 
@@ -26,10 +30,26 @@ void StopSignal::InstallHandlers() {
   }).detach();
 }
 
+void StopSignal::LeaveWithin(std::string who, absl::Duration limit) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  who_ = std::move(who);
+  leave_within_ = limit;
+}
+
 void StopSignal::Raise() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    raised_ = true;
+    if (std::exchange(raised_, true)) return;
+    if (leave_within_ < absl::InfiniteDuration()) {
+      // Detached on purpose: what it waits for is the end of the process.
+      std::thread([who = who_, limit = leave_within_] {
+        absl::SleepFor(limit);
+        spdlog::critical("{}: still here {} after it was told to drain; leaving at once", who,
+                         absl::FormatDuration(limit));
+        spdlog::default_logger()->flush();
+        _exit(kExitDrainStuck);
+      }).detach();
+    }
   }
   changed_.notify_all();
 }

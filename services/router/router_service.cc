@@ -200,7 +200,10 @@ class CallReactor final : public grpc::ServerWriteReactor<Event>, public Generat
   void OnWriteDone(bool ok) override {
     absl::MutexLock lock(&mutex_);
     writing_ = false;
-    if (!ok) return EndLocked(absl::CancelledError("the caller has gone"));
+    if (!ok) {
+      events_.clear();  // nobody reads them; the call may have ended already, and still has to be finished below
+      EndLocked(absl::CancelledError("the caller has gone"));
+    }
     if (paused_ && events_.size() < kPauseAtEvents / 2 && generation_ != nullptr) {
       paused_ = false;
       generation_->SetPaused(false);

@@ -8,9 +8,11 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <future>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -346,6 +348,28 @@ TEST_F(RouterServiceTest, ACallerThatLeavesCancelsItsWork) {
   for (int i = 0; i < 500 && generations_.running() > 0; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   EXPECT_EQ(generations_.running(), 0);
+}
+
+// The cancel and the failure of the write in flight come in either order. A call that is not finished after both would
+// be waited for by the server's end, for ever.
+TEST_F(RouterServiceTest, CallersThatLeaveInTheMiddleOfAWriteLeaveNoCall) {
+  generations_.SetScript({.text = "Hello world"});
+  for (int i = 0; i < 100; ++i) {
+    grpc::ClientContext context;
+    v1::GenerateRequest request = Prompt("x");
+    request.mutable_options()->set_max_tokens(1000);
+    request.mutable_options()->set_ignore_eos(true);
+    auto reader = stub_->Generate(&context, request);
+    v1::GenerateEvent event;
+    ASSERT_TRUE(reader->Read(&event));
+    context.TryCancel();
+    reader->Finish();
+  }
+  std::future<void> ended = std::async(std::launch::async, [this] { server_->Shutdown(absl::ZeroDuration()); });
+  if (ended.wait_for(std::chrono::seconds(20)) != std::future_status::ready) {
+    ADD_FAILURE() << "a call is not finished";
+    std::quick_exit(1);  // neither the future nor the server would ever end
+  }
 }
 
 TEST_F(RouterServiceTest, TokenizeAndDetokenizeAreInverse) {

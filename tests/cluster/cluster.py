@@ -57,7 +57,8 @@ class Cluster:
     def __init__(self, prefill=1, decode=1, experts=1, numerics=None, expert_transport=None, env=None, timers=None,
                  decode_section=None, prefill_section=None, expert_section=None, router_section=None, security=None,
                  model=MODEL):
-        self.directory = tempfile.mkdtemp(prefix="millrace-test-")
+        self.files = tempfile.TemporaryDirectory(prefix="millrace-test-")  # goes with this object
+        self.directory = self.files.name
         self.http_port, self.operator_port, self.grpc_port, control = (free_port() for _ in range(4))
         model = {"path": model, "id": "demo"}
         if numerics:

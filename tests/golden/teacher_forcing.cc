@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <limits>
 #include <numeric>
 
@@ -129,10 +130,47 @@ Observed Continue(Engine& engine, SequenceId sequence, const Pass& pass) {
   return observed;
 }
 
+std::vector<SampledToken> DecodeGreedily(Engine& engine, absl::Span<const int32_t> prompt, size_t num_tokens) {
+  const absl::StatusOr<SequenceId> sequence = engine.NewSequence(prompt.size() + num_tokens);
+  CHECK(sequence.ok(), sequence.status().ToString());
+  const SamplingRequest greedy{.params = {.temperature = 0, .top_logprobs = 8}};
+  std::vector<SampledToken> drawn;
+  std::vector<int32_t> next(prompt.begin(), prompt.end());
+  while (drawn.size() < num_tokens) {
+    absl::Span<const int32_t> left = next;
+    while (!left.empty()) {
+      const size_t size = std::min<size_t>(left.size(), engine.options().max_batch_tokens);
+      const Chunk chunk{
+          .sequence = *sequence, .tokens = left.subspan(0, size), .sampling = size == left.size() ? &greedy : nullptr};
+      absl::StatusOr<std::vector<ChunkOutput>> output = engine.Forward({&chunk, 1});
+      CHECK(output.ok(), output.status().ToString());
+      if (size == left.size()) drawn.push_back((*output)[0].sampled);
+      left.remove_prefix(size);
+    }
+    next = {drawn.back().id};
+  }
+  engine.Release(*sequence);
+  return drawn;
+}
+
+int64_t RowOf(const Observed& observed, int32_t position) {
+  return std::lower_bound(observed.positions.begin(), observed.positions.end(), position) - observed.positions.begin();
+}
+
+absl::Span<const float> Row(const std::vector<float>& rows, int64_t row, int64_t width) {
+  return absl::MakeConstSpan(rows).subspan(row * width, width);
+}
+
 std::vector<int32_t> Positions(int32_t first, int32_t n) {
   std::vector<int32_t> positions(n);
   std::iota(positions.begin(), positions.end(), first);
   return positions;
+}
+
+nlohmann::json ReadJson(const std::string& path) {
+  std::ifstream file(path);
+  CHECK(file.good(), "cannot open " + path);
+  return nlohmann::json::parse(file);
 }
 
 Arrays::Arrays(const std::string& path) {

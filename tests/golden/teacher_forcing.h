@@ -16,6 +16,7 @@
 
 #include "absl/types/span.h"
 #include "engine/engine.h"
+#include "nlohmann/json.hpp"
 
 namespace millrace::golden {
 
@@ -51,8 +52,19 @@ Observed RunFresh(Engine& engine, const Pass& pass);
 // Continues `sequence`, whose length is the position of tokens[0]; positions are of the sequence. Does not release.
 Observed Continue(Engine& engine, SequenceId sequence, const Pass& pass);
 
+// Prompt, then decode steps, greedily, until `num_tokens` were drawn. Returns them in order, eight log-probabilities
+// each.
+std::vector<SampledToken> DecodeGreedily(Engine& engine, absl::Span<const int32_t> prompt, size_t num_tokens);
+
+// The row of `position` among those observed, and row `row` of a [rows, width] array.
+int64_t RowOf(const Observed& observed, int32_t position);
+absl::Span<const float> Row(const std::vector<float>& rows, int64_t row, int64_t width);
+
 // n positions from `first`.
 std::vector<int32_t> Positions(int32_t first, int32_t n);
+
+// A golden file in JSON. CHECK-fails if it cannot be opened.
+nlohmann::json ReadJson(const std::string& path);
 
 // One file of named arrays (the golden files hold F32 and I32 only).
 class Arrays {

@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -194,6 +195,7 @@ class Scrape(unittest.TestCase):
     def start_prometheus(cls):
         cls.port = free_port()
         folder = tempfile.mkdtemp(prefix="millrace-prometheus-")
+        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"}, "rule_files": RULES,
             "scrape_configs": [{"job_name": "millrace", "static_configs": [
