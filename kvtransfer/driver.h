@@ -61,6 +61,7 @@ class Driver {
   bool Parked() const;
 
   Engine& engine_;
+  const uint64_t id_;  // never reused, as an address is
   const Clock::duration spin_, linger_;
   int event_fd_ = -1, epoll_fd_ = -1;
 
