@@ -38,18 +38,28 @@ if(MILLRACE_WERROR)
   target_compile_options(millrace_warnings INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()
 
-# For libraries that read others' bytes. Kernels have no use for canaries. Release only: fortified functions need an
-# optimiser, and sanitizers bring checks of their own.
+# What turns a bug into an end instead of a foothold: canaries, fortified functions, checked containers, no variable
+# without a value, and jumps that land only where the compiler meant them to. Release only: fortified functions need an
+# optimiser, and sanitizers bring checks of their own. nvcc's host code is left out.
+set(MILLRACE_HARDENING -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=3 -D_GLIBCXX_ASSERTIONS -fstack-protector-strong
+  -ftrivial-auto-var-init=zero)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND MILLRACE_HARDENING -fcf-protection)
+endif()
 add_library(millrace_hardened INTERFACE)
 target_compile_options(millrace_hardened INTERFACE
-  $<$<AND:$<CONFIG:Release>,$<COMPILE_LANGUAGE:CXX>>:-U_FORTIFY_SOURCE;-D_FORTIFY_SOURCE=3;-fstack-protector-strong>)
+  "$<$<AND:$<CONFIG:Release>,$<COMPILE_LANGUAGE:CXX>>:${MILLRACE_HARDENING}>")
 
-# millrace_library(NAME SOURCES... DEPS...): one static library of one folder.
+# millrace_library(NAME [COMPUTES] SOURCES... DEPS...): one static library of one folder. COMPUTES: it does the model's
+# arithmetic on sizes that were checked when the model was loaded; its loops are not hardened.
 function(millrace_library name)
-  cmake_parse_arguments(ARG "" "" "SOURCES;DEPS;PRIVATE_DEPS" ${ARGN})
+  cmake_parse_arguments(ARG "COMPUTES" "" "SOURCES;DEPS;PRIVATE_DEPS" ${ARGN})
   add_library(${name} STATIC ${ARG_SOURCES})
   target_include_directories(${name} PUBLIC ${PROJECT_SOURCE_DIR})
   target_link_libraries(${name} PUBLIC ${ARG_DEPS} PRIVATE millrace_warnings ${ARG_PRIVATE_DEPS})
+  if(NOT ARG_COMPUTES)
+    target_link_libraries(${name} PRIVATE millrace_hardened)
+  endif()
 endfunction()
 
 # millrace_test(NAME SOURCES... DEPS... [LABELS...] [TIMEOUT s]): one GoogleTest binary, its cases found by ctest. Tests

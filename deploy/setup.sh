@@ -20,7 +20,7 @@ BUILD_PACKAGES=(cmake ninja-build ccache g++ pkg-config git
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   libucx-dev ucx-utils libboost1.81-dev nlohmann-json3-dev libsimdjson-dev libpcre2-dev prometheus-cpp-dev
   libspdlog-dev libxxhash-dev libssl-dev libhwy-dev curl ca-certificates)
-TEST_PACKAGES=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-yaml nftables iproute2 openssl)
+TEST_PACKAGES=(libgtest-dev libgmock-dev libbenchmark-dev python3 python3-yaml yamllint nftables iproute2 openssl)
 # By the command that each brings: nodejs of another origin comes with its own npm, which Debian's package conflicts with.
 declare -A CLIENT_COMMANDS=([node]=nodejs [npm]=npm [go]=golang-go [chromium]=chromium)
 LINT_PACKAGES=(clang-format-16 clang-tidy-16 shellcheck)

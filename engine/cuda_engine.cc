@@ -20,6 +20,7 @@
 #include "engine/ops/cuda_kernel_set.h"
 #include "engine/ops/cuda_sampler.h"
 #include "engine/paged_engine.h"
+#include "engine/round_up.h"
 #include "engine/status.h"
 
 namespace millrace {
@@ -35,7 +36,7 @@ constexpr int64_t kLogitRows = 64;
 int64_t PaddedBatch(int64_t n, int64_t most) {
   int64_t step = 1;
   while (step * 8 < n) step *= 2;
-  return std::min((n + step - 1) / step * step, most);
+  return std::min(RoundUp(n, step), most);
 }
 
 class CudaEngine : public PagedEngine {

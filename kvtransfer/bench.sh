@@ -52,4 +52,8 @@ for bytes in 8 1024 8192 65536 262144 1048576; do
 done
 for bytes in 65536 1048576 8388608; do
   printf 'handoff_GB_s,%d,%s,,\n' "$bytes" "$("$bench" handoff "$bytes" "$seconds")"
+  printf 'sealed_handoff_GB_s,%d,%s,,\n' "$bytes" "$("$bench" sealed-handoff "$bytes" "$seconds")"
+done
+for bytes in 1024 65536 1048576; do
+  printf 'sealed_latency_us_waiting_thread_drives,%d,%s,,\n' "$bytes" "$("$bench" sealed-wait "$bytes" "$seconds")"
 done

@@ -112,7 +112,10 @@ bool Driver::WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) {
   ++waiting_;
   Spinner spinner;
   bool result = false;
-  auto last_event = Clock::now();
+  const auto began = Clock::now();
+  auto last_event = began;
+  // A wait much longer than a spin will be again: the core is better left to whoever computes what is waited for.
+  const bool spin = Clock::duration(last_wait_.load()) <= 2 * spin_;
   while (!(result = done())) {
     bool busy = false;
     {
@@ -125,15 +128,29 @@ bool Driver::WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) {
     if (now >= deadline && !(result = done())) break;
     if (busy) {
       last_event = now;
-    } else if (now - last_event < spin_) {
+    } else if (spin && now - last_event < spin_) {
       spinner.Once();
     } else {
       SleepUntil(std::min<Clock::time_point>(deadline, now + kWaiterSlice));
     }
   }
-  linger_until_ = (Clock::now() + linger_).time_since_epoch().count();
+  const auto ended = Clock::now();
+  last_wait_ = (ended - began).count();
+  linger_until_ = (ended + linger_).time_since_epoch().count();
   --waiting_;
   return result;
+}
+
+void Driver::PostAtOnce(absl::FunctionRef<void()> post) {
+  last_waiter_ = std::this_thread::get_id();
+  ++waiting_;  // the own thread stays parked, or asleep
+  post();
+  {
+    std::lock_guard lock(drive_mu_);
+    (void)DriveLocked();
+  }
+  linger_until_ = (Clock::now() + linger_).time_since_epoch().count();
+  --waiting_;
 }
 
 void Driver::Run() {
@@ -142,7 +159,7 @@ void Driver::Run() {
   while (!stopping_) {
     if (Parked()) {
       Park(kWaiterSlice);
-      last_event = Clock::now();
+      last_event = {};  // whoever drove has seen what there was: no reason to spin
       continue;
     }
     bool busy = false;

@@ -47,6 +47,7 @@ class Driver {
   void Post(Task task);
   void RunAfter(absl::Duration delay, Task task);
   bool WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout);
+  void PostAtOnce(absl::FunctionRef<void()> post);     // what `post` posts runs here, once; not from callbacks
   void Exclusively(absl::FunctionRef<void()> action);  // runs it here, under the drive lock; not from callbacks
 
  private:
@@ -74,6 +75,7 @@ class Driver {
   std::atomic<int> waiting_{0};                    // threads inside WaitFor
   std::atomic<std::thread::id> last_waiter_{};
   std::atomic<Clock::rep> linger_until_{0};
+  std::atomic<Clock::rep> last_wait_{0};  // how long the last waiter waited
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };

@@ -21,6 +21,7 @@ class ForwardingTransport : public Interface {
   explicit ForwardingTransport(std::unique_ptr<Transport> inner) : inner_(std::move(inner)) {}
 
   const std::string& address() const override { return inner_->address(); }
+  size_t max_header_bytes() const override { return inner_->max_header_bytes(); }
   void SetHandler(uint16_t channel, MessageHandler* handler) override { inner_->SetHandler(channel, handler); }
   void OnPeerFailed(PeerFailed callback) override { inner_->OnPeerFailed(std::move(callback)); }
   absl::StatusOr<PeerId> Connect(absl::string_view address) override { return inner_->Connect(address); }
@@ -34,6 +35,7 @@ class ForwardingTransport : public Interface {
   bool WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) override {
     return inner_->WaitFor(done, timeout);
   }
+  void SendAtOnce(absl::FunctionRef<void()> post) override { inner_->SendAtOnce(post); }
   void Close() override { inner_->Close(); }
   TransportStatistics statistics() const override { return inner_->statistics(); }
 

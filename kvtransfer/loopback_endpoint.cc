@@ -4,9 +4,13 @@
 
 #include <algorithm>
 
+#include "kvtransfer/sealed_transport.h"
+
 namespace millrace::kvtransfer::loopback {
 
 absl::StatusOr<PeerId> Endpoint::Connect(absl::string_view address) {
+  if (IsSealedAddress(address))
+    return absl::InvalidArgumentError("the peer seals what it sends and we do not (transfer.seal differs)");
   if (address.size() != kAddressPrefix.size() + 16 || address.substr(0, kAddressPrefix.size()) != kAddressPrefix)
     return absl::InvalidArgumentError(absl::StrCat("not a loopback address: ", address.size(), " bytes"));
   std::shared_ptr<Endpoint> remote = hub_->Find(address);

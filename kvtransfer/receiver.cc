@@ -25,6 +25,12 @@ using internal::PackedEntry;
 // they are dropped, counted, and sent again after Verify.
 constexpr size_t kMaxGatherBytes = 64u << 20;
 
+// Why an arrival that ended in error counts as rejected.
+const char* WhyNotArrived(const absl::Status& status, bool fencing) {
+  if (fencing) return "fenced";
+  return absl::IsDataLoss(status) ? "seal_broken" : "transfer_failed";
+}
+
 struct Extent {
   enum State : uint8_t { kMissing, kArriving, kProved };
   uint64_t id = 0;
@@ -204,7 +210,7 @@ void Receiver::State::Digested(LeaseKey key, uint64_t serial, PeerId from, uint6
     Extent& extent = *lease.Find(extent_id);
     extent.state = Extent::kMissing;
     if (!content_digest.ok()) {
-      ++statistics.rejected[lease.fencing ? "fenced" : "transfer_failed"];
+      ++statistics.rejected[WhyNotArrived(content_digest.status(), lease.fencing)];
     } else if (BindDigest(*content_digest, key, extent_id, extent.destination.bytes) != expected_digest) {
       ++statistics.rejected["digest_mismatch"];
     } else {
@@ -240,7 +246,7 @@ Placement Receiver::State::OnPacked(const IncomingMessage& message, const Extent
       self->gather_bytes -= bytes;
       Lease& arrived = *self->FindLife(header.key(), serial);
       if (!status.ok() || arrived.fencing)
-        self->statistics.rejected[arrived.fencing ? "fenced" : "transfer_failed"] += header.num_extents;
+        self->statistics.rejected[WhyNotArrived(status, arrived.fencing)] += header.num_extents;
       else
         self->Scatter(header.key(), serial, header, {gathered.get(), bytes});
       self->EndPending(arrived, from, fenced);

@@ -53,7 +53,8 @@ struct ReceiverStatistics {
   uint64_t messages_packed = 0;                         // messages that carried several extents
   absl::flat_hash_map<std::string, uint64_t> rejected;  // extents by reason: not_live, stale_epoch, unknown_extent,
                                                         // wrong_length, duplicate, digest_mismatch, bad_header,
-                                                        // bad_algorithm, fenced, transfer_failed, manifest_mismatch
+                                                        // bad_algorithm, fenced, seal_broken, transfer_failed,
+                                                        // manifest_mismatch
 };
 
 // What is known about a lease against its manifest.

@@ -3,55 +3,18 @@
 #include "kvtransfer/staged_transport.h"
 
 #include <array>
-#include <atomic>
-#include <mutex>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kvtransfer/forwarding_transport.h"
+#include "kvtransfer/staging_buffer.h"
 #include "kvtransfer/status.h"
 
 namespace millrace::kvtransfer {
 namespace {
 
-// Counts buffers against the bound; outlives the transport in callbacks that are still to run.
-class StagingBudget {
- public:
-  explicit StagingBudget(size_t most) : most_(most) {}
-  bool Take(size_t bytes) {
-    std::lock_guard lock(mu_);
-    if (used_ != 0 && used_ + bytes > most_) return false;
-    used_ += bytes;
-    return true;
-  }
-  void GiveBack(size_t bytes) {
-    std::lock_guard lock(mu_);
-    used_ -= bytes;
-  }
-
- private:
-  const size_t most_;
-  std::mutex mu_;
-  size_t used_ = 0;  // guarded by mu_
-};
-
-// A host buffer under the budget. Null if there is no room.
-class StagingBuffer {
- public:
-  static std::unique_ptr<StagingBuffer> Take(const std::shared_ptr<StagingBudget>& budget, size_t bytes) {
-    if (!budget->Take(bytes)) return nullptr;
-    return std::unique_ptr<StagingBuffer>(new StagingBuffer(budget, bytes));
-  }
-  ~StagingBuffer() { budget_->GiveBack(bytes_); }
-  uint8_t* data() { return data_.get(); }
-
- private:
-  StagingBuffer(std::shared_ptr<StagingBudget> budget, size_t bytes)
-      : budget_(std::move(budget)), bytes_(bytes), data_(std::make_unique_for_overwrite<uint8_t[]>(bytes)) {}
-  std::shared_ptr<StagingBudget> budget_;
-  const size_t bytes_;
-  std::unique_ptr<uint8_t[]> data_;
-};
+using internal::StagingBudget;
+using internal::StagingBuffer;
 
 class StagedTransport final : public ForwardingTransport<Transport> {
  public:

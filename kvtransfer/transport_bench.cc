@@ -8,7 +8,8 @@
 //   transport_bench wait BYTES [SECONDS]        the same, driven by the waiting thread (WaitFor), as expert rows are
 //   transport_bench handoff BYTES [SECONDS]     extents of BYTES through Sender, Receiver and Verify; prints GB/s
 // The first word may be prefixed by "loopback-" to measure the in-process transport, or by "staged-" to carry device
-// memory through host buffers. What a hand-off carries is checked: a wrong byte fails the run.
+// memory through host buffers; before that by "sealed-" to have every message sealed (host memory, or staged). What a
+// hand-off carries is checked: a wrong byte fails the run.
 #include "kvtransfer/transport_bench.h"
 
 #include <signal.h>
@@ -30,6 +31,7 @@
 #include "absl/strings/strip.h"
 #include "kvtransfer/loopback_transport.h"
 #include "kvtransfer/receiver.h"
+#include "kvtransfer/sealed_transport.h"
 #include "kvtransfer/sender.h"
 #include "kvtransfer/staged_transport.h"
 #include "kvtransfer/status.h"
@@ -55,6 +57,10 @@ class Handler : public MessageHandler {
  private:
   Function f_;
 };
+
+std::unique_ptr<Transport> MaybeSeal(std::unique_ptr<Transport> transport, bool seal) {
+  return seal ? SealTransport(std::move(transport), HostMemoryFunctions()) : std::move(transport);
+}
 
 TransportOptions Quiet(const BenchMemory& memory) {
   TransportOptions options;
@@ -82,12 +88,13 @@ class Block {
   Memory memory_;
 };
 
-std::unique_ptr<Transport> MakeUcx(const BenchMemory& memory, bool staged) {
-  auto transport = CreateUcxTransport(Quiet(memory));
-  CHECK(transport.ok(), transport.status().ToString());
-  if (staged) return StageDeviceMemory(std::move(*transport), memory.functions);
-  CHECK((*transport)->Supports(memory.kind), "this UCX carries no device memory; staged- goes through the host");
-  return std::move(*transport);
+std::unique_ptr<Transport> MakeUcx(const BenchMemory& memory, bool staged, bool sealed) {
+  auto created = CreateUcxTransport(Quiet(memory));
+  CHECK(created.ok(), created.status().ToString());
+  std::unique_ptr<Transport> transport = MaybeSeal(*std::move(created), sealed);
+  if (staged) return StageDeviceMemory(std::move(transport), memory.functions);
+  CHECK(transport->Supports(memory.kind), "no device memory by itself here; staged- goes through the host");
+  return transport;
 }
 
 // The other end: takes everything, answers pings, and holds a lease for hand-offs that it verifies on demand. What a
@@ -145,9 +152,10 @@ class Peer {
 
 int RunPeer(const BenchMemory& memory, const char* address, size_t bytes, bool staged) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
-  const auto transport = MakeUcx(memory, staged);
+  const std::string parent_address = absl::HexStringToBytes(address);
+  const auto transport = MakeUcx(memory, staged, IsSealedAddress(parent_address));
   Peer peer(*transport, memory, bytes);
-  auto parent = transport->Connect(absl::HexStringToBytes(address));
+  auto parent = transport->Connect(parent_address);
   CHECK(parent.ok());
   CHECK(transport->SendMessage(*parent, kPong, Bytes("hello"), {}, nullptr).ok());
   pause();
@@ -266,19 +274,23 @@ class Bench {
 int Measure(const BenchMemory& memory, std::string what, const char* bytes_word, double seconds, const char* self) {
   size_t bytes = 0;
   if (!absl::SimpleAtoi(bytes_word, &bytes)) return 2;
-  const bool loopback = what.rfind("loopback-", 0) == 0, staged = what.rfind("staged-", 0) == 0;
-  if (loopback || staged) what = what.substr(what.find('-') + 1);
+  const auto prefixed = [&what](const std::string& prefix) {
+    if (what.rfind(prefix, 0) != 0) return false;
+    what = what.substr(prefix.size());
+    return true;
+  };
+  const bool sealed = prefixed("sealed-"), loopback = prefixed("loopback-"), staged = prefixed("staged-");
 
   auto hub = LoopbackHub::Create();
   std::unique_ptr<Transport> transport, other;
   std::unique_ptr<Peer> local_peer;
   pid_t child = -1;
   if (loopback) {
-    transport = CreateLoopbackTransport(hub, Quiet(memory));
-    other = CreateLoopbackTransport(hub, Quiet(memory));
+    transport = MaybeSeal(CreateLoopbackTransport(hub, Quiet(memory)), sealed);
+    other = MaybeSeal(CreateLoopbackTransport(hub, Quiet(memory)), sealed);
     local_peer = std::make_unique<Peer>(*other, memory, bytes);
   } else {
-    transport = MakeUcx(memory, staged);
+    transport = MakeUcx(memory, staged, sealed);
   }
   double result = 0;
   {
@@ -320,7 +332,8 @@ int TransportBenchMain(int argc, char** argv, const BenchMemory& memory) {
   if (argc == 4 && (staged_peer || std::strcmp(argv[1], "--peer") == 0) && absl::SimpleAtoi(argv[3], &bytes))
     return RunPeer(memory, argv[2], bytes, staged_peer);
   if (argc < 3) {
-    std::fprintf(stderr, "usage: %s [loopback-|staged-]bandwidth|latency|wait|handoff BYTES [SECONDS]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s [sealed-][loopback-|staged-]bandwidth|latency|wait|handoff BYTES [SECONDS]\n",
+                 argv[0]);
     return 2;
   }
   return Measure(memory, argv[1], argv[2], argc > 3 ? std::atof(argv[3]) : 1.0, argv[0]);

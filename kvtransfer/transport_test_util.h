@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "kvtransfer/loopback_transport.h"
+#include "kvtransfer/sealed_transport.h"
 #include "kvtransfer/transport.h"
 #include "kvtransfer/ucx_transport.h"
 
@@ -29,7 +31,14 @@ inline constexpr absl::Duration kSoon = absl::Seconds(20);
 // What the product promises for peer failures.
 inline constexpr absl::Duration kFailureBound = absl::Seconds(3);
 
-enum class TransportKind { kLoopback, kUcxTcpSelf, kUcxDefault };
+enum class TransportKind { kLoopback, kUcxTcpSelf, kUcxDefault, kSealedLoopback, kSealedUcx };
+
+inline bool IsLoopback(TransportKind kind) {
+  return kind == TransportKind::kLoopback || kind == TransportKind::kSealedLoopback;
+}
+inline bool IsSealed(TransportKind kind) {
+  return kind == TransportKind::kSealedLoopback || kind == TransportKind::kSealedUcx;
+}
 
 inline std::string KindName(TransportKind kind) {
   switch (kind) {
@@ -39,6 +48,10 @@ inline std::string KindName(TransportKind kind) {
       return "UcxTcpSelf";
     case TransportKind::kUcxDefault:
       return "UcxDefault";
+    case TransportKind::kSealedLoopback:
+      return "SealedLoopback";
+    case TransportKind::kSealedUcx:
+      return "SealedUcx";
   }
   return "";
 }
@@ -49,12 +62,22 @@ class TransportFactory {
   explicit TransportFactory(TransportKind kind) : kind_(kind), hub_(LoopbackHub::Create()) {}
 
   std::unique_ptr<Transport> Make(TransportOptions options = {}) const {
+    std::unique_ptr<Transport> transport = MakePlain(std::move(options));
+    if (transport == nullptr || !IsSealed(kind_)) return transport;
+    return SealTransport(std::move(transport), HostMemoryFunctions());
+  }
+
+  // What lies under the seal, if there is one.
+  std::unique_ptr<Transport> MakePlain(TransportOptions options = {}) const {
     if (!options.log) options.log = [](absl::string_view) {};
-    if (kind_ == TransportKind::kLoopback) return CreateLoopbackTransport(hub_, std::move(options));
-    if (kind_ == TransportKind::kUcxTcpSelf)
-      setenv("UCX_TLS", "tcp,self", 1);
-    else
+    // A machine that runs tests may stand still for seconds. A connection that is given up while the other side has
+    // just accepted it fails there too, and that is not what the tests are about.
+    options.connect_timeout = std::max(options.connect_timeout, kSoon);
+    if (IsLoopback(kind_)) return CreateLoopbackTransport(hub_, std::move(options));
+    if (kind_ == TransportKind::kUcxDefault)
       unsetenv("UCX_TLS");
+    else
+      setenv("UCX_TLS", "tcp,self", 1);
     auto transport = CreateUcxTransport(std::move(options));
     EXPECT_TRUE(transport.ok()) << transport.status();
     return transport.ok() ? std::move(*transport) : nullptr;
@@ -66,8 +89,10 @@ class TransportFactory {
 };
 
 inline std::vector<TransportKind> AllKinds() {
-  std::vector<TransportKind> kinds = {TransportKind::kLoopback};
-  if (UcxAvailable()) kinds.insert(kinds.end(), {TransportKind::kUcxTcpSelf, TransportKind::kUcxDefault});
+  std::vector<TransportKind> kinds = {TransportKind::kLoopback, TransportKind::kSealedLoopback};
+  if (UcxAvailable()) {
+    kinds.insert(kinds.end(), {TransportKind::kUcxTcpSelf, TransportKind::kUcxDefault, TransportKind::kSealedUcx});
+  }
   return kinds;
 }
 

@@ -17,6 +17,7 @@
 #include "absl/strings/string_view.h"
 #include "kvtransfer/digest.h"
 #include "kvtransfer/local_addresses.h"
+#include "kvtransfer/sealed_transport.h"
 
 namespace millrace::kvtransfer::internal {
 
@@ -62,6 +63,9 @@ inline absl::StatusOr<UcxAddress> DecodeAddress(absl::string_view bytes, uint16_
   if (bytes.size() < sizeof(fixed) + wire::kDigestBytes)
     return absl::InvalidArgumentError(absl::StrCat("UCX address: ", bytes.size(), " bytes, too short"));
   std::memcpy(&fixed, bytes.data(), sizeof(fixed));
+  if (IsSealedAddress(bytes))
+    return absl::InvalidArgumentError(
+        "UCX address: the peer seals what it sends and we do not (transfer.seal differs)");
   if (fixed.magic != wire::Address::kMagic) return absl::InvalidArgumentError("UCX address: bad magic");
   const size_t expected = sizeof(fixed) + fixed.num_addresses * wire::kIpBytes + wire::kDigestBytes;
   if (fixed.num_addresses > kMaxAddresses || bytes.size() != expected) {

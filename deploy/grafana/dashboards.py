@@ -7,8 +7,8 @@
 
 The JSON is committed, so that nobody needs this script to install anything, and is never edited by hand. A panel is a
 title, a sentence that says what to look for, queries, and a unit; where it lies follows from its place in the list.
-Selectors are written $sel and become the dashboard's variables. Metrics that do not exist make
-tests/helm/monitoring_test.py fail.
+A query is made by rate(), gauge(), quantiles() and their like, which know the dashboard's variables. Metrics that do
+not exist, panels that show nothing and fields that Grafana's types do not have make tests/helm/monitoring_test.py fail.
 """
 import json
 import os
@@ -16,16 +16,71 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 OUTPUT = os.path.join(ROOT, "helm/millrace/files/dashboards")
-SELECTOR = 'namespace=~"$namespace"'
 WIDTH, HEIGHT = 24, 8
+NAMESPACE = 'namespace=~"$namespace"'
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
-def quantiles(metric, by="", selector="", labels=""):
+# Queries: lists of (expression, legend), so that a panel's can be added up. `where` narrows to labels; `by` keeps some,
+# and they become the legend unless one is given.
+
+def selected(metric, where="", window=""):
+    return f"{metric}{{{','.join(filter(None, (NAMESPACE, where)))}}}{window}"
+
+
+def increase_of(metric, where="", function="rate"):
+    return f"{function}({selected(metric, where, '[$__rate_interval]')})"
+
+
+def total(expression, by="", legend=""):
+    labels = " ".join("{{%s}}" % label for label in by.split(", "))
+    return [(f"sum by ({by}) ({expression})" if by else f"sum({expression})", legend or labels)]
+
+
+def rate(metric, by="", legend="", where=""):
+    """A counter, a second."""
+    return total(increase_of(metric, where), by, legend)
+
+
+def increase(metric, legend):
+    """A counter that seldom moves: events in a step of the graph."""
+    return total(increase_of(metric, function="increase"), "", legend)
+
+
+def gauge(metric, by="", legend="", where=""):
+    return total(selected(metric, where), by, legend)
+
+
+def count(metric, by, where=""):
+    return [(f"count by ({by}) ({selected(metric, where)})", legend) for _, legend in total("", by)]
+
+
+def busy(role):
+    """Share of the time that an engine spends inside its passes."""
+    return [(increase_of("millrace_engine_step_seconds_sum", f'role="{role}"'), "{{worker}}")]
+
+
+def quantile(share, metric, by="", legend="", where=""):
+    group = ", ".join(filter(None, ("le", by)))
+    expression = f"histogram_quantile({share}, sum by ({group}) ({increase_of(metric + '_bucket', where)}))"
+    return [(expression, legend or "{{%s}}" % by)]
+
+
+def quantiles(metric, where=""):
     """p50, p95 and p99 of a histogram."""
-    group = f"le, {by}" if by else "le"
-    inside = ",".join(part for part in ("$sel", selector) if part)
-    return [(f"histogram_quantile({q}, sum by ({group}) (rate({metric}_bucket{{{inside}}}[$__rate_interval])))",
-             f"p{int(q * 100)}{labels}") for q in (0.5, 0.95, 0.99)]
+    return [query for share in (0.5, 0.95, 0.99)
+            for query in quantile(share, metric, legend=f"p{int(share * 100)}", where=where)]
+
+
+def above_zero(queries):
+    """Of many states only those that somebody is in."""
+    return [(f"{expression} > 0", legend) for expression, legend in queries]
+
+
+def or_none(queries, label):
+    """What is often absent because nothing of it happened: a 0 called none instead of a hole."""
+    return [(f'{expression} or on () label_replace(vector(0), "{label}", "none", "", "")', legend)
+            for expression, legend in queries]
 
 
 def panel(title, why, queries, unit="short", kind="timeseries", width=8, stack=False, bounds=None):
@@ -36,65 +91,62 @@ def panel(title, why, queries, unit="short", kind="timeseries", width=8, stack=F
 OVERVIEW = ("Overview", "millrace-overview", "Whether users are served, and by whom.", [
     ("Promises", [
         panel("Requests a second", "By HTTP status; 499 is a client that left.",
-              [('sum by (code) (rate(millrace_http_requests_total{$sel,route=~"/v1/.*"}[$__rate_interval]))',
-                "{{code}}")],
-              "reqps", stack=True),
+              rate("millrace_http_requests_total", "code", where='route=~"/v1/.*"'), "reqps", stack=True),
         panel("Time to first token", "Objective: 95 % within 2.5 s.", quantiles("millrace_time_to_first_token_seconds"),
               "s", bounds=(2.5,)),
         panel("Time between tokens", "Objective: 99 % below 100 ms.", quantiles("millrace_inter_token_seconds"), "s",
               bounds=(0.1,)),
         panel("Budget burnt, 1 h", "1 is what the objective allows for ever; 14.4 wakes somebody.",
-              [('namespace:millrace_first_token_late:ratio_rate1h{$sel} / 0.05', "late first tokens"),
-               ('namespace:millrace_token_late:ratio_rate1h{$sel} / 0.01', "late tokens"),
-               ('namespace:millrace_generations_failed:ratio_rate1h{$sel} / 0.01', "failed generations")],
+              [(selected("namespace:millrace_first_token_late:ratio_rate1h") + " / 0.05", "late first tokens"),
+               (selected("namespace:millrace_token_late:ratio_rate1h") + " / 0.01", "late tokens"),
+               (selected("namespace:millrace_generations_failed:ratio_rate1h") + " / 0.01", "failed generations")],
               bounds=(1, 14.4)),
         panel("Generations ended", "stop and length are well; the rest is named by its status.",
-              [("sum by (outcome) (rate(millrace_router_generations_total{$sel}[$__rate_interval]))", "{{outcome}}")],
-              "reqps", stack=True),
+              rate("millrace_router_generations_total", "outcome"), "reqps", stack=True),
         panel("Refused", "Before any work, by code: by the flow, and 429s of the HTTP front.",
-              [("sum by (code) (rate(millrace_router_refusals_total{$sel}[$__rate_interval]))", "{{code}}")], "reqps"),
-    ]),
-    ("Processes", [
-        panel("Resident memory", "Mapped checkpoint pages included; a line that only rises is a leak.",
-              [("process_resident_memory_bytes{job=\"millrace\"}", "{{instance}}")], "bytes"),
-        panel("Processor time", "Cores in use.",
-              [("rate(process_cpu_seconds_total{job=\"millrace\"}[$__rate_interval])", "{{instance}}")]),
-        panel("File descriptors", "Connections, mostly.",
-              [("process_open_fds{job=\"millrace\"}", "{{instance}}")]),
+              rate("millrace_router_refusals_total", "code"), "reqps"),
     ]),
     ("Cluster", [
         panel("Ready workers", "By role; 0 of prefill or decode serves nobody.",
-              [('sum by (role) (millrace_router_workers{$sel,state="ready"})', "{{role}}")], kind="stat"),
-        panel("Workers that do not serve", "loading is normal after a start; waiting and suspect are not.",
-              [('sum by (role, state) (millrace_router_workers{$sel,state!="ready"}) > 0 or on () vector(0)',
-                "{{role}} {{state}}")]),
-        panel("Tokens a second", "Prompt tokens computed, tokens generated.",
-              [("sum(rate(millrace_prompt_tokens_total{$sel}[$__rate_interval]))", "prompt"),
-               ("sum(rate(millrace_generation_tokens_total{$sel}[$__rate_interval]))", "generated")], "short"),
-        panel("Busy share of engines", "Time inside passes; near 1 a role is the bottleneck.",
-              [("namespace_role:millrace_engine_busy:ratio_rate5m{$sel}", "{{role}}")], "percentunit", bounds=(0.9,)),
-        panel("Weights loaded", "Of the bytes to prepare, by worker.",
-              [("millrace_load_bytes{$sel} / millrace_load_target_bytes{$sel}", "{{worker}}")], "percentunit"),
-        panel("Scraped processes", "Whose /metrics answers.", [('sum(up{job="millrace"})', "answer")], kind="stat"),
-        panel("Where requests wait", "By stage and by what for; the longest line is what to add.",
-              [('sum by (role, stage, reason) (millrace_queue_requests{$sel})', "{{role}} {{stage}} {{reason}}")],
-              stack=True, width=16),
-        panel("What runs", "Versions and models; more than one of either is an upgrade under way.",
-              [('count by (version) (millrace_build_info{$sel})', "{{version}}"),
-               ('count by (model, numerics) (millrace_model_info{$sel,role!="router"})', "{{model}} {{numerics}}")],
+              gauge("millrace_router_workers", "role", where='state="ready"'), kind="stat"),
+        panel("Scraped processes", "Whose /metrics answers.",
+              [('sum(up{job="millrace"})', "answer")], kind="stat"),
+        panel("What runs", "More than one version or model is an upgrade under way.",
+              count("millrace_build_info", "version") + count("millrace_model_info", "model, numerics", 'role!="router"'),
               kind="stat"),
+        panel("Where requests wait", "By stage and by what for; the thickest band is what to add.",
+              gauge("millrace_queue_requests", "stage, reason", "{{stage}}: {{reason}}"), stack=True, width=16),
+        panel("Workers that do not serve", "loading is normal after a start; waiting and suspect are not.",
+              or_none(above_zero(gauge("millrace_router_workers", "role, state", where='state!="ready"')), "state")),
+        panel("Tokens a second", "Prompt tokens accepted, tokens generated.",
+              rate("millrace_prompt_tokens_total", legend="prompt")
+              + rate("millrace_generation_tokens_total", legend="generated")),
+        panel("Busy share of engines", "Time inside passes; near 1 a role is the bottleneck.",
+              [(selected("namespace_role:millrace_engine_busy:ratio_rate5m"), "{{role}}")], "percentunit",
+              bounds=(0.9,)),
+        panel("Weights loaded", "Of the bytes to prepare, by worker.",
+              [(f"{selected('millrace_load_bytes')} / {selected('millrace_load_target_bytes')}", "{{worker}}")],
+              "percentunit"),
+    ]),
+    ("Processes", [
+        panel("Resident memory", "Mapped checkpoint pages included; a line that only rises is a leak.",
+              [('process_resident_memory_bytes{job="millrace"}', "{{instance}}")], "bytes"),
+        panel("Processor time", "Cores in use.",
+              [('rate(process_cpu_seconds_total{job="millrace"}[$__rate_interval])', "{{instance}}")]),
+        panel("File descriptors", "Connections, mostly.",
+              [('process_open_fds{job="millrace"}', "{{instance}}")]),
     ]),
 ])
 
 ROUTER = ("Router", "millrace-router", "Admission, queue, placement, and the HTTP front.", [
     ("Requests", [
-        panel("In flight", "running without waiting is decoding.",
-              [("sum(millrace_requests_running{$sel})", "running"), ("sum(millrace_requests_waiting{$sel})",
-                                                                     "without a first token")]),
-        panel("Generations", "queued: no place yet. attempts: not yet confirmed gone at both workers.",
-              [("sum(millrace_router_generations_open{$sel})", "open"),
-               ("sum(millrace_router_generations_queued{$sel})", "queued"),
-               ("sum(millrace_router_attempts_open{$sel})", "attempts")]),
+        panel("In flight", "What runs and does not wait is decoding.",
+              gauge("millrace_requests_running", legend="running")
+              + gauge("millrace_requests_waiting", legend="without a first token")),
+        panel("Generations", "queued: no place yet. attempts: not yet gone at both workers.",
+              gauge("millrace_router_generations_open", legend="open")
+              + gauge("millrace_router_generations_queued", legend="queued")
+              + gauge("millrace_router_attempts_open", legend="attempts")),
         panel("Duration", "Last byte of the request to last byte queued.",
               quantiles("millrace_request_duration_seconds"), "s"),
         panel("Generations, end to end", "Those that ended well, through any front.",
@@ -106,173 +158,142 @@ ROUTER = ("Router", "millrace-router", "Admission, queue, placement, and the HTT
         panel("Placement to first token", "Prefill, with its queue.",
               quantiles("millrace_router_prefill_seconds"), "s"),
         panel("Placements refused by a worker", "The router's picture was older than the worker's.",
-              [("sum(rate(millrace_router_requeues_total{$sel}[$__rate_interval]))", "requeued")], "reqps"),
+              rate("millrace_router_requeues_total", legend="requeued"), "reqps"),
         panel("Prompt length", "Tokens.", quantiles("millrace_prompt_tokens")),
         panel("Output length", "Tokens of a choice.", quantiles("millrace_generation_tokens")),
-        panel("Tokens forwarded", "repeated: dropped because they had been forwarded before.",
-              [("sum(rate(millrace_router_tokens_total{$sel}[$__rate_interval]))", "forwarded"),
-               ("sum(rate(millrace_router_tokens_repeated_total{$sel}[$__rate_interval]))", "repeated")]),
+        panel("Tokens forwarded", "A second. repeated: dropped because they had been forwarded before.",
+              rate("millrace_router_tokens_total", legend="forwarded")
+              + rate("millrace_router_tokens_repeated_total", legend="repeated")),
     ]),
     ("Front and members", [
-        panel("HTTP connections", "Open now.", [("sum(millrace_http_connections{$sel})", "open")]),
+        panel("HTTP connections", "Open now.", gauge("millrace_http_connections", legend="open")),
         panel("Connections refused", "At accept, by reason.",
-              [("sum by (reason) (rate(millrace_http_connections_refused_total{$sel}[$__rate_interval]))",
-                "{{reason}}")], "cps"),
-        panel("Slow consumers", "Streams of clients that read too slowly; tool calls that could not be parsed.",
-              [("sum(rate(millrace_slow_consumers_total{$sel}[$__rate_interval]))", "slow consumers"),
-               ("sum(rate(millrace_unreadable_tool_calls_total{$sel}[$__rate_interval]))", "unreadable tool calls")]),
+              rate("millrace_http_connections_refused_total", "reason"), "cps"),
+        panel("Slow consumers", "Clients that read too slowly; tool calls that could not be parsed.",
+              rate("millrace_slow_consumers_total", legend="slow consumers")
+              + rate("millrace_unreadable_tool_calls_total", legend="unreadable tool calls"), "reqps"),
         panel("Workers by state", "As the router hears them.",
-              [("sum by (role, state) (millrace_router_workers{$sel})", "{{role}} {{state}}")], stack=True, width=16),
+              above_zero(gauge("millrace_router_workers", "role, state")), stack=True, width=16),
         panel("Workers that came and left", "Or fell silent.",
-              [("sum(increase(millrace_router_worker_joins_total{$sel}[$__rate_interval]))", "joined"),
-               ("sum(increase(millrace_router_worker_deaths_total{$sel}[$__rate_interval]))", "left")]),
+              increase("millrace_router_worker_joins_total", "joined")
+              + increase("millrace_router_worker_deaths_total", "left")),
         panel("Room of the cluster", "Cache pages of serving workers.",
-              [('sum by (role, state) (millrace_router_cache_pages{$sel})', "{{role}} {{state}}")], stack=True),
+              gauge("millrace_router_cache_pages", "role, state"), stack=True, width=16),
+        panel("Spans of traces", "A second; dropped: the queue was full, failed: the collector was away.",
+              or_none(rate("millrace_trace_spans_total", "outcome"), "outcome")),
     ]),
 ])
 
 PREFILL = ("Prefill and hand-off", "millrace-prefill", "Prompts computed, and their state on its way to decode.", [
     ("Prefill", [
         panel("Queue", "Accepted and not started; running: prompts that a pass may move.",
-              [('sum by (worker) (millrace_worker_queued{$sel,role="prefill"})', "queued {{worker}}"),
-               ('sum by (worker) (millrace_worker_running{$sel,role="prefill"})', "running {{worker}}")]),
+              gauge("millrace_worker_queued", "worker", "queued {{worker}}", 'role="prefill"')
+              + gauge("millrace_worker_running", "worker", "running {{worker}}", 'role="prefill"')),
         panel("Wait for the first pass", "Acceptance by the worker to its first pass.",
-              quantiles("millrace_worker_queue_seconds", selector='role="prefill"'), "s"),
+              quantiles("millrace_worker_queue_seconds", 'role="prefill"'), "s"),
         panel("Prompt tokens a second", "By worker.",
-              [('sum by (worker) (rate(millrace_worker_tokens_total{$sel,role="prefill"}[$__rate_interval]))',
-                "{{worker}}")], stack=True),
+              rate("millrace_worker_tokens_total", "worker", where='role="prefill"'), stack=True),
         panel("Duration of a pass", "Grows with its rows.",
-              quantiles("millrace_engine_step_seconds", selector='role="prefill"'), "s"),
-        panel("Rows of a pass", "Up to max_batch_tokens.",
-              quantiles("millrace_engine_step_rows", selector='role="prefill"')),
-        panel("Busy share", "Time inside passes, by worker.",
-              [('rate(millrace_engine_step_seconds_sum{$sel,role="prefill"}[$__rate_interval])', "{{worker}}")],
-              "percentunit", bounds=(0.9,)),
+              quantiles("millrace_engine_step_seconds", 'role="prefill"'), "s"),
+        panel("Rows of a pass", "Up to max_batch_tokens.", quantiles("millrace_engine_step_rows", 'role="prefill"')),
+        panel("Busy share", "Time inside passes, by worker.", busy("prefill"), "percentunit", bounds=(0.9,)),
         panel("Pages owned", "Of prompts being computed or handed off.",
-              [('sum by (worker) (millrace_cache_pages{$sel,role="prefill",state="owned"})', "{{worker}}")]),
+              gauge("millrace_cache_pages", "worker", where='role="prefill",state="owned"')),
         panel("Ended, by status", "OK is a prompt whose state was taken over.",
-              [('sum by (code) (rate(millrace_worker_requests_total{$sel,role="prefill"}[$__rate_interval]))',
-                "{{code}}")],
-              "reqps", stack=True),
+              rate("millrace_worker_requests_total", "code", where='role="prefill"'), "reqps", stack=True),
         panel("Refused", "Before any work.",
-              [('sum by (reason) (rate(millrace_worker_rejected_total{$sel,role="prefill"}[$__rate_interval]))',
-                "{{reason}}")], "reqps"),
+              rate("millrace_worker_rejected_total", "reason", where='role="prefill"'), "reqps"),
     ]),
     ("Hand-off", [
         panel("First token to verified state", "As the router sees it.",
               quantiles("millrace_router_handoff_seconds"), "s"),
-        panel("The same at the workers", "By prefill worker.",
-              quantiles("millrace_handoff_seconds", selector='role="prefill"'), "s"),
+        panel("The same at the workers", "Of all prefill workers.",
+              quantiles("millrace_handoff_seconds", 'role="prefill"'), "s"),
         panel("In flight", "Prompts whose state is leaving, by phase.",
-              [('sum by (phase) (millrace_handoffs_in_flight{$sel})', "{{phase}}")], stack=True),
-        panel("Phases, p95", "reserve at the router, stream, tail and commit at prefill, verify at decode.",
-              [('histogram_quantile(0.95, sum by (le, phase) '
-                '(rate(millrace_handoff_phase_seconds_bucket{$sel}[$__rate_interval])))', "{{phase}}")], "s"),
-        panel("Bytes a second", "Of verified hand-offs.",
-              [('sum by (worker) (rate(millrace_transfer_bytes_total{$sel,role="prefill"}[$__rate_interval]))',
-                "{{worker}}"),
-               ("sum(rate(millrace_router_handoff_bytes_total{$sel}[$__rate_interval]))", "all")], "Bps"),
+              gauge("millrace_handoffs_in_flight", "phase"), stack=True),
+        panel("Phases, p95", "reserve at the router; stream, tail and commit at prefill; verify at decode.",
+              quantile(0.95, "millrace_handoff_phase_seconds", "phase"), "s"),
+        panel("Bytes a second", "Of verified hand-offs; all: as the router counts them.",
+              rate("millrace_transfer_bytes_total", "worker", where='role="prefill"')
+              + rate("millrace_router_handoff_bytes_total", legend="all"), "Bps"),
         panel("Failed", "By reason; each is a request that ends with handoff_failed.",
-              [("sum by (reason) (rate(millrace_transfer_failures_total{$sel}[$__rate_interval]))", "{{reason}}")],
-              "reqps"),
+              rate("millrace_transfer_failures_total", "reason"), "reqps"),
         panel("Blocks sent again", "Repaired after a failed proof. Not 0: look at the network.",
-              [("sum(rate(millrace_router_handoff_resent_extents_total{$sel}[$__rate_interval]))", "all"),
-               ('sum by (worker) (rate(millrace_transfer_resent_extents_total{$sel,role="prefill"}[$__rate_interval]))',
-                "{{worker}}")]),
-        panel("Transport", "Connections that broke, messages dropped on arrival.",
-              [("sum(rate(millrace_transport_peers_failed_total{$sel}[$__rate_interval]))", "connections broken"),
-               ("sum by (reason) (rate(millrace_transport_drops_total{$sel}[$__rate_interval])) or vector(0)",
-                "dropped {{reason}}")]),
+              rate("millrace_router_handoff_resent_extents_total", legend="all")
+              + rate("millrace_transfer_resent_extents_total", "worker", where='role="prefill"')),
+        panel("Transport", "Connections that broke, messages dropped on arrival; a second.",
+              rate("millrace_transport_peers_failed_total", legend="connections broken")
+              + or_none(rate("millrace_transport_drops_total", "reason", "dropped: {{reason}}"), "reason")),
         panel("Carried by the transport", "Blocks and rows, sent.",
-              [('sum by (role) (rate(millrace_transport_bytes_total{$sel,direction="sent"}[$__rate_interval]))',
-                "{{role}}")], "Bps", stack=True),
+              rate("millrace_transport_bytes_total", "role", where='direction="sent"'), "Bps", stack=True),
         panel("Aborts without an answer", "Given up; something may be held.",
-              [("sum(increase(millrace_router_aborts_unanswered_total{$sel}[$__rate_interval]))", "unanswered")]),
+              increase("millrace_router_aborts_unanswered_total", "unanswered"), width=16),
+        panel("Stale epochs", "Calls of attempts that have been replaced; a few after a fault are normal.",
+              rate("millrace_lease_epoch_mismatches_total", "worker")),
     ]),
 ])
 
 DECODE = ("Decode and cache", "millrace-decode", "Sequences, pages and slots.", [
     ("Decode", [
-        panel("Sequences", "What a pass moves.",
-              [('sum by (worker) (millrace_worker_running{$sel,role="decode"})', "{{worker}}")]),
+        panel("Sequences", "What a pass moves.", gauge("millrace_worker_running", "worker", where='role="decode"')),
         panel("Tokens a second", "By worker.",
-              [('sum by (worker) (rate(millrace_worker_tokens_total{$sel,role="decode"}[$__rate_interval]))',
-                "{{worker}}")], stack=True),
+              rate("millrace_worker_tokens_total", "worker", where='role="decode"'), stack=True),
         panel("Duration of a pass", "The floor of the time between tokens.",
-              quantiles("millrace_engine_step_seconds", selector='role="decode"'), "s"),
-        panel("Sequences of a pass", "Up to max_batch.",
-              quantiles("millrace_engine_step_rows", selector='role="decode"')),
+              quantiles("millrace_engine_step_seconds", 'role="decode"'), "s"),
+        panel("Sequences of a pass", "Up to max_batch.", quantiles("millrace_engine_step_rows", 'role="decode"')),
         panel("Passes a second", "0 with running sequences is a stuck engine.",
-              [('sum by (worker) (rate(millrace_engine_steps_total{$sel,role="decode"}[$__rate_interval]))',
-                "{{worker}}")]),
-        panel("Leases", "receiving: the state is on its way; committed: no pass yet; ending: not yet given back.",
-              [('sum by (state) (millrace_leases{$sel})', "{{state}}")], stack=True),
-        panel("Leases granted", "A second.",
-              [('sum by (worker) (rate(millrace_leases_granted_total{$sel}[$__rate_interval]))', "{{worker}}")], "reqps"),
+              rate("millrace_engine_steps_total", "worker", where='role="decode"')),
+        panel("Leases", "receiving: state under way; committed: no pass yet; ending: not given back.",
+              gauge("millrace_leases", "state"), stack=True),
+        panel("Leases granted", "A second.", rate("millrace_leases_granted_total", "worker"), "reqps"),
         panel("Leases ended, by status", "OK is a sequence that came to its end.",
-              [('sum by (code) (rate(millrace_worker_requests_total{$sel,role="decode"}[$__rate_interval]))',
-                "{{code}}")],
-              "reqps", stack=True),
+              rate("millrace_worker_requests_total", "code", where='role="decode"'), "reqps", stack=True),
+        panel("Busy share", "Time inside passes, by worker.", busy("decode"), "percentunit", bounds=(0.9,)),
     ]),
     ("Cache", [
         panel("Pages owned, share", "Above 95 % new requests wait.",
-              [('sum by (worker) (millrace_cache_pages{$sel,role="decode",state="owned"})'
-                ' / sum by (worker) (millrace_cache_pages{$sel,role="decode"})', "{{worker}}")],
+              [(f"""{gauge("millrace_cache_pages", "worker", where='role="decode",state="owned"')[0][0]} / """
+                f"""{gauge("millrace_cache_pages", "worker", where='role="decode"')[0][0]}""", "{{worker}}")],
               "percentunit", bounds=(0.95,)),
-        panel("Pages", "128 tokens each; prompt and max_tokens of every lease are reserved in full.",
-              [('sum by (state) (millrace_cache_pages{$sel,role="decode"})', "{{state}}")], stack=True),
-        panel("Slots", "One a sequence.",
-              [('sum by (state) (millrace_state_slots{$sel,role="decode"})', "{{state}}")], stack=True),
+        panel("Pages", "128 tokens each; prompt and max_tokens are reserved in full.",
+              gauge("millrace_cache_pages", "state", where='role="decode"'), stack=True),
+        panel("Slots", "One a sequence.", gauge("millrace_state_slots", "state", where='role="decode"'), stack=True),
         panel("Reserve refused", "No page, no slot, draining.",
-              [('sum by (reason) (rate(millrace_worker_rejected_total{$sel,role="decode"}[$__rate_interval]))',
-                "{{reason}}")], "reqps"),
+              rate("millrace_worker_rejected_total", "reason", where='role="decode"'), "reqps"),
         panel("Bytes received", "Of verified hand-offs.",
-              [('sum by (worker) (rate(millrace_transfer_bytes_total{$sel,role="decode"}[$__rate_interval]))',
-                "{{worker}}")], "Bps", width=16),
+              rate("millrace_transfer_bytes_total", "worker", where='role="decode"'), "Bps", width=16),
     ]),
 ])
 
 EXPERTS = ("Experts", "millrace-experts", "The pool: who computes how much, and who is behind.", [
     ("Pool", [
         panel("Members", "waiting elsewhere means that an expert has no member.",
-              [('sum by (state) (millrace_router_workers{$sel,role="expert"})', "{{state}}")], stack=True),
+              above_zero(gauge("millrace_router_workers", "state", where='role="expert"')), stack=True),
         panel("Rows times experts a second", "By member: uneven lines are uneven experts.",
-              [('sum by (worker) (rate(millrace_worker_tokens_total{$sel,role="expert"}[$__rate_interval]))',
-                "{{worker}}")]),
+              rate("millrace_worker_tokens_total", "worker", where='role="expert"')),
         panel("Imbalance", "Busiest member over the mean; 1 is even.",
-              [('max(rate(millrace_worker_tokens_total{$sel,role="expert"}[$__rate_interval]))'
-                ' / avg(rate(millrace_worker_tokens_total{$sel,role="expert"}[$__rate_interval]))', "max / mean")],
-              bounds=(2,)),
+              [(" / ".join(f"""{how}({increase_of("millrace_worker_tokens_total", 'role="expert"')})"""
+                           for how in ("max", "avg")), "max / mean")], bounds=(2,)),
         panel("Busiest experts", "Rows a second of the ten busiest; far apart is uneven routing.",
-              [('topk(10, sum by (expert) (rate(millrace_expert_tokens_total{$sel}[$__rate_interval])))',
-                "expert {{expert}}")]),
-        panel("Waves", "Messages of each wave.",
-              [('sum by (wave) (rate(millrace_expert_wave_messages_total{$sel}[$__rate_interval]))', "wave {{wave}}")],
-              stack=True),
+              [(f"topk(10, {expression})", legend)
+               for expression, legend in rate("millrace_expert_tokens_total", "expert", "expert {{expert}}")]),
+        panel("Waves", "Messages of each wave, a second.",
+              rate("millrace_expert_wave_messages_total", "wave", "wave {{wave}}"), "reqps", stack=True),
         panel("Passes stand still", "Share of time in which a pass waits for the pool's rows.",
-              [('rate(millrace_expert_exchange_wait_seconds_total{$sel}[$__rate_interval])', "{{worker}}")],
-              "percentunit"),
-        panel("Failed batches", "A member lost or late: the pass ends, and its requests with it.",
-              [('sum by (worker) (rate(millrace_expert_exchange_failed_batches_total{$sel}[$__rate_interval]))',
-                "{{worker}}")]),
+              [(increase_of("millrace_expert_exchange_wait_seconds_total"), "{{worker}}")], "percentunit"),
+        panel("Failed batches", "A second. A member lost or late: the pass ends, and its requests with it.",
+              rate("millrace_expert_exchange_failed_batches_total", "worker")),
         panel("Messages refused", "The queue of a member is full; each refusal ends a pass.",
-              [('sum by (worker) (rate(millrace_worker_rejected_total{$sel,role="expert"}[$__rate_interval]))',
-                "{{worker}}")], "reqps"),
-        panel("Duration of a batch", "One wave of one layer.",
-              quantiles("millrace_engine_step_seconds", selector='role="expert"'), "s"),
-        panel("Rows of a batch", "Small ones cost as much as larger ones.",
-              quantiles("millrace_engine_step_rows", selector='role="expert"')),
-        panel("Busy share", "Time inside batches.",
-              [('rate(millrace_engine_step_seconds_sum{$sel,role="expert"}[$__rate_interval])', "{{worker}}")],
-              "percentunit", bounds=(0.9,)),
+              rate("millrace_worker_rejected_total", "worker", where='role="expert"'), "reqps"),
         panel("Messages, by status", "OK is a reply that was sent.",
-              [('sum by (code) (rate(millrace_worker_requests_total{$sel,role="expert"}[$__rate_interval]))',
-                "{{code}}")],
-              "reqps"),
+              rate("millrace_worker_requests_total", "code", where='role="expert"'), "reqps"),
+        panel("Duration of a batch", "One wave of one layer.",
+              quantiles("millrace_engine_step_seconds", 'role="expert"'), "s"),
         panel("Median duration by member", "One line above the rest is a slow machine.",
-              [('histogram_quantile(0.5, sum by (le, worker) '
-                '(rate(millrace_engine_step_seconds_bucket{$sel,role="expert"}[$__rate_interval])))', "{{worker}}")],
-              "s"),
+              quantile(0.5, "millrace_engine_step_seconds", "worker", where='role="expert"'), "s"),
+        panel("Rows of a batch", "Small ones cost as much as larger ones.",
+              quantiles("millrace_engine_step_rows", 'role="expert"')),
+        panel("Busy share", "Time inside batches.", busy("expert"), "percentunit", bounds=(0.9,)),
     ]),
 ])
 
@@ -282,8 +303,7 @@ DASHBOARDS = (OVERVIEW, ROUTER, PREFILL, DECODE, EXPERTS)
 def variables():
     return [
         {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"},
-        {"name": "namespace", "label": "Namespace", "type": "query", "datasource": {"type": "prometheus",
-                                                                                    "uid": "${datasource}"},
+        {"name": "namespace", "label": "Namespace", "type": "query", "datasource": DATASOURCE,
          "query": {"query": "label_values(millrace_router_generations_open, namespace)", "refId": "namespaces"},
          # Outside Kubernetes there is no such label; ".*" matches its absence.
          "includeAll": True, "allValue": ".*", "multi": True, "refresh": 2, "sort": 1,
@@ -291,25 +311,35 @@ def variables():
     ]
 
 
+def timeseries(spec, defaults):
+    defaults["custom"] = {"fillOpacity": 20 if spec["stack"] else 5, "lineWidth": 1,
+                          "stacking": {"mode": "normal" if spec["stack"] else "none", "group": "A"}}
+    if spec["bounds"]:
+        defaults["custom"]["thresholdsStyle"] = {"mode": "dashed"}
+    return {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
+            "tooltip": {"mode": "multi", "sort": "desc"}}
+
+
+def stat(_, defaults):
+    # A number that is well whatever it is; which ones are not, the alerts say.
+    defaults["color"] = {"mode": "fixed", "fixedColor": "text"}
+    return {"reduceOptions": {"calcs": ["lastNotNull"]}, "textMode": "value_and_name", "graphMode": "none",
+            "colorMode": "value", "justifyMode": "auto", "orientation": "auto", "wideLayout": True,
+            "showPercentChange": False, "percentChangeColorMode": "standard"}
+
+
 def render_panel(spec, identity, x, y):
-    defaults = {"unit": spec["unit"], "min": 0, "custom": {"fillOpacity": 20 if spec["stack"] else 5, "lineWidth": 1,
-                                                         "stacking": {"mode": "normal" if spec["stack"] else "none"}}}
+    defaults = {"unit": spec["unit"], "min": 0}
+    options = {"timeseries": timeseries, "stat": stat}[spec["kind"]](spec, defaults)
     if spec["bounds"]:
         steps = [{"color": "green", "value": None}]
         steps += [{"color": color, "value": bound} for color, bound in zip(("orange", "red"), spec["bounds"])]
         defaults["thresholds"] = {"mode": "absolute", "steps": steps}
-        defaults["custom"]["thresholdsStyle"] = {"mode": "dashed"}
-    if spec["kind"] == "stat":
-        defaults.pop("custom")
     return {
         "id": identity, "type": spec["kind"], "title": spec["title"], "description": spec["why"],
-        "datasource": {"type": "prometheus", "uid": "${datasource}"},
-        "gridPos": {"x": x, "y": y, "w": spec["width"], "h": HEIGHT},
-        "fieldConfig": {"defaults": defaults, "overrides": []},
-        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}}
-        if spec["kind"] == "timeseries" else {"reduceOptions": {"calcs": ["lastNotNull"]}},
-        "targets": [{"refId": chr(ord("A") + i), "expr": expression.replace("$sel", SELECTOR), "legendFormat": legend,
-                     "datasource": {"type": "prometheus", "uid": "${datasource}"}}
+        "datasource": DATASOURCE, "gridPos": {"x": x, "y": y, "w": spec["width"], "h": HEIGHT},
+        "fieldConfig": {"defaults": defaults, "overrides": []}, "options": options,
+        "targets": [{"refId": chr(ord("A") + i), "expr": expression, "legendFormat": legend, "datasource": DATASOURCE}
                     for i, (expression, legend) in enumerate(spec["queries"])],
     }
 
@@ -334,11 +364,12 @@ def render(dashboard):
         "version": 1, "editable": False, "timezone": "browser", "refresh": "30s",
         "time": {"from": "now-1h", "to": "now"}, "graphTooltip": 1, "templating": {"list": variables()},
         "links": [{"type": "dashboards", "title": "Millrace", "tags": ["millrace"], "includeVars": True,
-                   "keepTime": True}],
+                   "keepTime": True, "asDropdown": True, "targetBlank": False, "icon": "external link",
+                   "tooltip": ""}],
         "annotations": {"list": [{
             "name": "Alerts", "enable": True, "iconColor": "red",
-            "datasource": {"type": "prometheus", "uid": "${datasource}"},
-            "expr": 'ALERTS{alertname=~"Millrace.*",alertstate="firing",' + SELECTOR + "}",
+            "datasource": DATASOURCE,
+            "expr": selected("ALERTS", 'alertname=~"Millrace.*",alertstate="firing"'),
             "titleFormat": "{{alertname}}", "textFormat": "{{severity}} {{role}} {{worker}}"}]},
         "panels": panels,
     }

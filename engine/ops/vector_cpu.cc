@@ -10,19 +10,18 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "engine/ops/rounding.h"
 #include "engine/ops/vector_cpu.h"
+#include "engine/ops/widen_cpu-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace millrace::vec {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
-
-using D = hn::CappedTag<float, 16>;
-using V = hn::Vec<D>;
-constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(D()));
+using namespace millrace::HWY_NAMESPACE;  // widen_cpu-inl.h
 
 HWY_INLINE V RoundVector(V x) {
   const D d;
@@ -280,27 +279,35 @@ void AddV(const float* x, int64_t n, float* y) {
 }
 
 void LoadKvEntryV(const uint8_t* body, const uint8_t* scales, int64_t plain, int64_t rope, float* out) {
+  const uint8_t* tail = body + plain;
+#if HWY_TARGET == HWY_SCALAR
+  for (int64_t i = 0; i < plain; ++i) out[i] = DecodeE4m3(body[i]) * DecodeE8m0(scales[i / 64]);
+  for (int64_t i = 0; i < rope; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, tail + 2 * i, 2);
+    out[plain + i] = DecodeBf16(bits);
+  }
+#else
   const D d;
-  const hn::Rebind<int32_t, D> di;
-  const hn::Rebind<int8_t, D> d8;
-  const hn::Rebind<uint16_t, D> d16;
-  const hn::Rebind<uint32_t, D> d32;
+  V v[4];
   for (int64_t i = 0; i < plain; i += 64) {
-    // The code's exponent field becomes F32's own, 2^120 too small; put back in two steps where one would overflow.
+    // Codes come 2^120 too small; put back in two steps where one would overflow.
     const float scale = DecodeE8m0(scales[i / 64]);
     const V back = hn::Set(d, 0x1p120f * std::min(scale, 128.0f)), rest = hn::Set(d, scale * 0x1p-7f);
-    for (int64_t j = i; j < i + 64; j += kLanes) {
-      const auto raw = hn::PromoteTo(di, hn::LoadU(d8, reinterpret_cast<const int8_t*>(body) + j));
-      const auto bits = hn::And(hn::ShiftLeft<20>(raw), hn::Set(di, static_cast<int32_t>(0x87f00000u)));
-      V value = hn::Mul(hn::BitCast(d, bits), back);
-      if (!(scale <= 128)) value = hn::Mul(value, rest);
-      hn::StoreU(value, d, out + j);
+    for (int64_t j = i; j < i + 64; j += 4 * kLanes) {
+      WidenFp8(hn::LoadU(D8(), body + j), v);
+      for (int u = 0; u < 4; ++u) {
+        V value = hn::Mul(v[u], back);
+        if (!(scale <= 128)) value = hn::Mul(value, rest);
+        StoreBlocks(d, value, out + j + 4 * u, 16);
+      }
     }
   }
-  const auto* tail = reinterpret_cast<const uint16_t*>(body + plain);
-  for (int64_t i = 0; i < rope; i += kLanes) {
-    hn::StoreU(hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(d32, hn::LoadU(d16, tail + i)))), d, out + plain + i);
+  for (int64_t i = 0; i < rope; i += 2 * kLanes) {
+    WidenWords(hn::BitCast(D16(), hn::LoadU(D8(), tail + 2 * i)), v);
+    for (int u = 0; u < 2; ++u) StoreBlocks(d, v[u], out + plain + i + 4 * u, 8);
   }
+#endif
 }
 
 float IndexScoreV(const float* q, const float* weights, int heads, const float* key) {

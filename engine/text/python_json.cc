@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The reader is a SAX handler that builds the document itself, because nlohmann's own would round large integers and
-// takes quadratic time for objects with many keys.
+// The reader is a handler of strict_json that builds the document itself, because nlohmann's own would round large
+// integers and takes quadratic time for objects with many keys.
 #include "engine/text/python_json.h"
 
 #include <charconv>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "engine/status.h"
+#include "engine/strict_json.h"
 #include "engine/text/concat.h"
 
 namespace millrace::text {
@@ -20,11 +22,14 @@ namespace {
 // Marks a binary value whose bytes are the digits of an integer.
 constexpr uint64_t kBigIntegerSubtype = 1;
 
-class Builder : public nlohmann::json_sax<Json> {
+class Builder : public StrictSaxHandler {
  public:
-  Builder(Json& root, int max_depth) : root_(root), max_depth_(max_depth) {}
-
-  const std::string& error() const { return error_; }
+  // Only depth is bounded: how long a text may be is its caller's to say.
+  Builder(Json& root, int max_depth)
+      : StrictSaxHandler({.max_depth = max_depth,
+                          .max_values = std::numeric_limits<int64_t>::max(),
+                          .max_string_bytes = std::numeric_limits<size_t>::max()}),
+        root_(root) {}
 
   bool null() override { return Add(nullptr); }
   bool boolean(bool value) override { return Add(value); }
@@ -35,8 +40,6 @@ class Builder : public nlohmann::json_sax<Json> {
     return Add(BigInteger(digits));
   }
   bool string(string_t& value) override { return Add(std::move(value)); }
-  bool binary(binary_t&) override { return false; }  // JSON text has none
-
   bool start_object(size_t) override { return Open(Json::object()); }
   bool end_object() override { return Close(); }
   bool start_array(size_t) override { return Open(Json::array()); }
@@ -51,15 +54,6 @@ class Builder : public nlohmann::json_sax<Json> {
     return true;
   }
 
-  bool parse_error(size_t position, const std::string&, const nlohmann::detail::exception& exception) override {
-    // Drop the library's prefix "[json.exception.parse_error.101] parse error at line 1, column 5: ".
-    std::string what = exception.what();
-    const size_t colon = what.find(": ");
-    if (colon != std::string::npos) what.erase(0, colon + 2);
-    error_ = Concat("at byte ", position, ": ", what);
-    return false;
-  }
-
  private:
   struct Frame {
     Json* value;
@@ -72,10 +66,7 @@ class Builder : public nlohmann::json_sax<Json> {
     return true;
   }
   bool Open(Json container) {
-    if (static_cast<int>(open_.size()) == max_depth_) {
-      error_ = Concat("more than ", max_depth_, " levels deep");
-      return false;
-    }
+    if (!Enter()) return false;
     Json* place = Place();
     *place = std::move(container);
     open_.push_back({place, {}});
@@ -83,7 +74,7 @@ class Builder : public nlohmann::json_sax<Json> {
   }
   bool Close() {
     open_.pop_back();
-    return true;
+    return Leave();
   }
   // Where the next value goes. A container that holds an open one does not grow, so the pointers stay good.
   Json* Place() {
@@ -95,10 +86,8 @@ class Builder : public nlohmann::json_sax<Json> {
   }
 
   Json& root_;
-  const int max_depth_;
   std::vector<Frame> open_;
   Json* slot_ = nullptr;  // the value of the key last read
-  std::string error_;
 };
 
 void AppendScalar(const Json& value, std::string& out) {
@@ -144,8 +133,9 @@ std::string BigIntegerDigits(const Json& value) {
 absl::StatusOr<Json> ParseJson(std::string_view text, int max_depth) {
   Json root;
   Builder builder(root, max_depth);
-  if (!Json::sax_parse(text.begin(), text.end(), &builder)) {
-    return absl::InvalidArgumentError(Concat("JSON: ", builder.error()));
+  if (!ReadJsonEvents(text, builder)) {
+    const std::string place = builder.syntax_error() ? Concat("at byte ", builder.offset(), ": ") : "";
+    return absl::InvalidArgumentError(Concat("JSON: ", place, builder.error()));
   }
   return root;
 }

@@ -59,6 +59,8 @@ TEST(PythonJson, BrokenTextIsAnErrorWithItsPlace) {
        {"", "{", "[1,]", "{\"a\":}", "nul", "1 2", "\"\xFF\"", "\"\\ud800\"", "1e999", "01", "'a'"}) {
     EXPECT_FALSE(ParseJson(broken).ok()) << broken;
   }
+  // The library would take a NUL for the end of the text and never look at what follows.
+  EXPECT_FALSE(ParseJson(std::string_view("[1]\0]", 5)).ok());
   EXPECT_NE(std::string(ParseJson("[1, x]").status().message()).find("byte 5"), std::string::npos)
       << ParseJson("[1, x]").status();
 }

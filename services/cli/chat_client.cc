@@ -4,10 +4,8 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -123,15 +121,7 @@ absl::StatusOr<HttpDoor> OpenDoor(const DoorFlags& flags) {
   HttpDoor door;
   door.tls = flags.tls || !flags.ca.empty();
   door.ca = flags.ca;
-  if (!flags.api_key_file.empty()) {
-    ASSIGN_OR_RETURN(const std::string text, ReadInput(flags.api_key_file, 4096));
-    door.api_key = text.substr(0, text.find_first_of("\r\n"));
-  } else if (const char* key = std::getenv("OPENAI_API_KEY")) {
-    door.api_key = key;
-  }
-  if (std::any_of(door.api_key.begin(), door.api_key.end(), [](char c) { return c <= ' ' || c > '~'; })) {
-    return absl::InvalidArgumentError("the API key has characters that no header can carry");
-  }
+  ASSIGN_OR_RETURN(door.api_key, ReadApiKey(flags.api_key_file, "OPENAI_API_KEY"));
   return door;
 }
 

@@ -2,6 +2,7 @@
 // What every subcommand shares: error lines, help, reading input.
 #include "services/cli/command.h"
 
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -13,7 +14,9 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "engine/status.h"
 #include "services/cli/terminal.h"
+#include "spdlog/spdlog.h"
 
 namespace millrace::cli {
 
@@ -37,6 +40,19 @@ bool ParseOrExplain(Flags& flags, absl::string_view command, Arguments arguments
     return false;
   }
   return true;
+}
+
+void AddCoreDumpsFlag(Flags& flags, bool* core_dumps) {
+  flags.Bool("core-dumps", core_dumps,
+             "Allow core dumps of this process, and debuggers of the same user. What requests say is in them.");
+}
+
+void KeepMemoryPrivate(bool core_dumps) {
+  if (core_dumps) {
+    spdlog::warn("a core dump of this process will hold what requests say (--core-dumps)");
+    return;
+  }
+  CHECK(prctl(PR_SET_DUMPABLE, 0) == 0, "prctl");
 }
 
 absl::StatusOr<std::string> ReadInput(const std::string& path, int64_t max_bytes) {

@@ -67,6 +67,11 @@ inline int Fail(absl::string_view command, int exit_code, const absl::Status& st
 // Parses, or prints help or the error. True: go on. False: return *exit_code.
 bool ParseOrExplain(Flags& flags, absl::string_view command, Arguments arguments, int* exit_code);
 
+// The flag of every serving role, and what it stands for: no core dump of this process, and no other process of the
+// same user may read its memory, which holds what requests say. On request both, with a warning in the log.
+void AddCoreDumpsFlag(Flags& flags, bool* core_dumps);
+void KeepMemoryPrivate(bool core_dumps);
+
 // Whole file as a string; "-" is standard input. NotFound names the path; refuses more than `max_bytes`.
 absl::StatusOr<std::string> ReadInput(const std::string& path, int64_t max_bytes = int64_t{64} << 20);
 

@@ -332,8 +332,7 @@ void MeasurePeers(Report& report, const std::vector<std::string>& peers, const s
       report.Bad("Bandwidth", std::string(result.status().message()));
       continue;
     }
-    const bool loopback = absl::StartsWith(peer, "127.") || absl::StartsWith(peer, "localhost:");
-    const Finding verdict = JudgeProbe(absl::StrCat("here to ", peer), *result, loopback, rdma);
+    const Finding verdict = JudgeProbe(absl::StrCat("here to ", peer), *result, OnLoopback(peer), rdma);
     report.Add("Bandwidth", verdict.severity, verdict.text);
     map.push_back(Entry("here", peer, *result));
   }

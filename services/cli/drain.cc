@@ -32,11 +32,11 @@ std::string Left(const OperatorJson& worker) {
 }
 
 // Follows one incarnation until the router no longer has it.
-int Watch(const std::string& address, const std::string& name, const std::string& incarnation, int64_t timeout_s) {
+int Watch(const Operator& router, const std::string& name, const std::string& incarnation, int64_t timeout_s) {
   const Clock::time_point start = Clock::now();
   std::string said;
   while (Clock::now() - start < std::chrono::seconds(timeout_s)) {
-    const absl::StatusOr<OperatorJson> status = ClusterStatus(address);
+    const absl::StatusOr<OperatorJson> status = ClusterStatus(router);
     if (!status.ok()) return Fail("drain", kExitUnavailable, status.status());
     const OperatorJson* worker = Find(*status, name);
     if (worker == nullptr || worker->value("incarnation", "") != incarnation) {
@@ -73,10 +73,10 @@ int RunDrain(Arguments arguments) {
   flags.Int("timeout", &timeout_s, 1, 86400, "Seconds to wait; exit status 1 if it is still there then.");
   int exit_code = kExitOk;
   if (!ParseOrExplain(flags, "drain", arguments, &exit_code)) return exit_code;
-  const absl::StatusOr<std::string> address = where.Resolve();
-  if (!address.ok()) return Fail("drain", kExitConfig, address.status());
+  const absl::StatusOr<Operator> router = where.Resolve();
+  if (!router.ok()) return Fail("drain", kExitConfig, router.status());
 
-  const absl::StatusOr<OperatorJson> before = ClusterStatus(*address);
+  const absl::StatusOr<OperatorJson> before = ClusterStatus(*router);
   if (!before.ok()) return Fail("drain", kExitUnavailable, before.status());
   const OperatorJson* found = Find(*before, worker);
   if (found == nullptr) {
@@ -86,10 +86,11 @@ int RunDrain(Arguments arguments) {
     }
     return Fail("drain", kExitUsage, absl::StrCat("no worker ", worker, "; there are: ", names));
   }
-  const absl::StatusOr<OperatorJson> told = TellOperator(*address, absl::StrCat("/workers/", worker, "/drain"));
+  const absl::StatusOr<OperatorJson> told =
+      TellOperator(*router, absl::StrCat("/workers/", PercentEncode(worker), "/drain"));
   if (!told.ok()) return Fail("drain", kExitUnavailable, told.status());
   std::printf("%s has been asked to drain\n", worker.c_str());
-  return wait ? Watch(*address, worker, found->value("incarnation", ""), timeout_s) : kExitOk;
+  return wait ? Watch(*router, worker, found->value("incarnation", ""), timeout_s) : kExitOk;
 }
 
 }  // namespace millrace::cli

@@ -106,11 +106,11 @@ int RunExplain(Arguments arguments) {
   flags.Bool("json", &json, "The router's JSON as it is.");
   int exit_code = kExitOk;
   if (!ParseOrExplain(flags, "explain", arguments, &exit_code)) return exit_code;
-  const absl::StatusOr<std::string> address = where.Resolve();
-  if (!address.ok()) return Fail("explain", kExitConfig, address.status());
+  const absl::StatusOr<Operator> router = where.Resolve();
+  if (!router.ok()) return Fail("explain", kExitConfig, router.status());
 
   const absl::StatusOr<Json> answer =
-      AskOperator(*address, id.empty() ? "/requests" : absl::StrCat("/requests/", PercentEncode(id)));
+      AskOperator(*router, id.empty() ? "/requests" : absl::StrCat("/requests/", PercentEncode(id)));
   if (absl::IsNotFound(answer.status())) return Fail("explain", kExitFailure, answer.status());
   if (!answer.ok()) return Fail("explain", kExitUnavailable, answer.status());
   const bool colour = IsTerminal(STDOUT_FILENO);

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -22,6 +23,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "engine/status.h"
+#include "services/cli/command.h"
 
 namespace millrace::cli {
 namespace {
@@ -251,6 +253,20 @@ class BodyReader {
 };
 
 }  // namespace
+
+absl::StatusOr<std::string> ReadApiKey(const std::string& file, const char* variable) {
+  std::string key;
+  if (!file.empty()) {
+    ASSIGN_OR_RETURN(const std::string text, ReadInput(file, 4096));
+    key = text.substr(0, text.find_first_of("\r\n"));
+  } else if (const char* value = std::getenv(variable)) {
+    key = value;
+  }
+  if (std::any_of(key.begin(), key.end(), [](char c) { return c <= ' ' || c > '~'; })) {
+    return absl::InvalidArgumentError("the API key has characters that no header can carry");
+  }
+  return key;
+}
 
 absl::StatusOr<HttpReply> Send(const HttpCall& call) {
   Socket socket;

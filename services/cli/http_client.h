@@ -24,6 +24,10 @@ struct HttpDoor {
   std::string api_key;    // empty: none
 };
 
+// The first line of `file`, or else the value of this environment variable, or else nothing: a key on a command line
+// would be everybody's to read. NotFound: no such file. InvalidArgument: no header can carry it.
+absl::StatusOr<std::string> ReadApiKey(const std::string& file, const char* variable);
+
 struct HttpReply {
   int status = 0;
   std::vector<std::pair<std::string, std::string>> headers;  // names in lower case

@@ -27,7 +27,9 @@ absl::StatusCode CodeOf(int http_status) {
   }
 }
 
-absl::StatusOr<OperatorJson> Exchange(HttpCall call) {
+absl::StatusOr<OperatorJson> Exchange(const Operator& router, HttpCall call) {
+  call.address = router.address;
+  call.door.api_key = router.api_key;
   call.connect_timeout = std::chrono::milliseconds(2000);
   call.read_timeout = std::chrono::milliseconds(5000);
   ASSIGN_OR_RETURN(const HttpReply reply, Send(call));
@@ -40,6 +42,10 @@ absl::StatusOr<OperatorJson> Exchange(HttpCall call) {
   if (json.is_object() && json.contains("error") && json["error"].is_object()) {
     words = json["error"].value("message", words);
   }
+  if (reply.status == 401) {
+    absl::StrAppend(&words,
+                    " An operator's key (may_operate) opens it: --api-key-file FILE, or MILLRACE_OPERATOR_KEY.");
+  }
   return absl::Status(CodeOf(reply.status), words);
 }
 
@@ -48,30 +54,35 @@ absl::StatusOr<OperatorJson> Exchange(HttpCall call) {
 void OperatorFlags::Declare(Flags& flags) {
   flags.String("operator", &address, "HOST:PORT", "The router's operator port.");
   flags.String("config", &config, "FILE", "Take that address from a cluster's configuration instead.");
+  flags.String("api-key-file", &api_key_file, "FILE",
+               "Its first line is the operator's key to send. Default: $MILLRACE_OPERATOR_KEY, if that is set.");
 }
 
-absl::StatusOr<std::string> OperatorFlags::Resolve() const {
-  if (config.empty()) return address;
+absl::StatusOr<Operator> OperatorFlags::Resolve() const {
+  Operator router{.address = address};
+  ASSIGN_OR_RETURN(router.api_key, ReadApiKey(api_key_file, "MILLRACE_OPERATOR_KEY"));
+  if (config.empty()) return router;
   ASSIGN_OR_RETURN(const v1::ClusterConfig cluster, LoadClusterConfig(config));
   std::string listen = cluster.router().operator_listen();
   if (listen == "off") return absl::InvalidArgumentError("router.operator_listen: is \"off\", there is nobody to ask");
   if (absl::StartsWith(listen, "0.0.0.0:")) listen.replace(0, 7, "127.0.0.1");
   if (absl::StartsWith(listen, "[::]:")) listen.replace(0, 4, "[::1]");
-  return listen;
+  router.address = listen;
+  return router;
 }
 
-absl::StatusOr<OperatorJson> AskOperator(const std::string& address, const std::string& path) {
-  return Exchange({.address = address, .path = path});
+absl::StatusOr<OperatorJson> AskOperator(const Operator& router, const std::string& path) {
+  return Exchange(router, {.path = path});
 }
 
-absl::StatusOr<OperatorJson> TellOperator(const std::string& address, const std::string& path) {
-  return Exchange({.address = address, .method = "POST", .path = path, .body = "{}"});
+absl::StatusOr<OperatorJson> TellOperator(const Operator& router, const std::string& path) {
+  return Exchange(router, {.method = "POST", .path = path, .body = "{}"});
 }
 
-absl::StatusOr<OperatorJson> ClusterStatus(const std::string& address) {
-  ASSIGN_OR_RETURN(OperatorJson json, AskOperator(address, "/"));
+absl::StatusOr<OperatorJson> ClusterStatus(const Operator& router) {
+  ASSIGN_OR_RETURN(OperatorJson json, AskOperator(router, "/"));
   if (!json.is_object() || !json.contains("cluster") || !json["cluster"].contains("workers")) {
-    return absl::UnavailableError(absl::StrCat("what answers at ", address, " is not a router's operator port"));
+    return absl::UnavailableError(absl::StrCat("what answers at ", router.address, " is not a router's operator port"));
   }
   return json;
 }

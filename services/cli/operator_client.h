@@ -14,22 +14,29 @@ namespace millrace::cli {
 
 using OperatorJson = nlohmann::ordered_json;
 
-// --operator HOST:PORT, or --config FILE, whose router.operator_listen it is.
-struct OperatorFlags {
-  std::string address = "127.0.0.1:8081";
-  std::string config;
-
-  void Declare(Flags& flags);
-  // What to dial. As LoadClusterConfig; InvalidArgument: the configuration has it "off".
-  absl::StatusOr<std::string> Resolve() const;
+// A router's operator port, and the key that opens its verbs where keys are configured.
+struct Operator {
+  std::string address;  // "host:port"
+  std::string api_key;  // empty: none
 };
 
-// Unavailable: nobody answers there, or not a router. NotFound and others carry the router's own words.
-absl::StatusOr<OperatorJson> AskOperator(const std::string& address, const std::string& path);
-absl::StatusOr<OperatorJson> TellOperator(const std::string& address, const std::string& path);  // POST {}
+// --operator HOST:PORT, or --config FILE, whose router.operator_listen it is; --api-key-file or MILLRACE_OPERATOR_KEY.
+struct OperatorFlags {
+  std::string address = "127.0.0.1:8081";
+  std::string config, api_key_file;
+
+  void Declare(Flags& flags);
+  // Whom to ask. As LoadClusterConfig and ReadApiKey; InvalidArgument: the configuration has it "off".
+  absl::StatusOr<Operator> Resolve() const;
+};
+
+// Unavailable: nobody answers there, or not a router. PermissionDenied: a key is missing or is not an operator's.
+// NotFound and others carry the router's own words.
+absl::StatusOr<OperatorJson> AskOperator(const Operator& router, const std::string& path);
+absl::StatusOr<OperatorJson> TellOperator(const Operator& router, const std::string& path);  // POST {}
 
 // The whole cluster: AskOperator("/"), with "cluster" in it.
-absl::StatusOr<OperatorJson> ClusterStatus(const std::string& address);
+absl::StatusOr<OperatorJson> ClusterStatus(const Operator& router);
 
 // Fit for a path segment, whatever it holds.
 std::string PercentEncode(absl::string_view text);

@@ -26,6 +26,8 @@ int RunRouter(Arguments arguments) {
   flags.String("config", &config_path, "FILE", "The cluster's configuration document. Required.");
   std::string name = "router";
   flags.String("name", &name, "NAME", "Name in the log.");
+  bool core_dumps = false;
+  AddCoreDumpsFlag(flags, &core_dumps);
   int exit_code = kExitOk;
   if (!ParseOrExplain(flags, "router", arguments, &exit_code)) return exit_code;
   if (config_path.empty()) return Fail("router", kExitUsage, "--config FILE is required; see millrace router --help");
@@ -39,6 +41,7 @@ int RunRouter(Arguments arguments) {
   stop.LeaveWithin(name, absl::Milliseconds(config->timers().drain_grace_ms()) + kLeaveAfterGrace);
   SetUpLogging(
       {.role = "router", .name = name, .level = config->router().log_level(), .format = config->router().log_format()});
+  KeepMemoryPrivate(core_dumps);
 
   auto process = router::RouterProcess::Start(*config);
   if (!process.ok()) {

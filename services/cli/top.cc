@@ -180,23 +180,23 @@ int RunTop(Arguments arguments) {
   flags.Int("count", &count, 0, 1000000, "End after so many frames; 0: at Ctrl-C.");
   int exit_code = kExitOk;
   if (!ParseOrExplain(flags, "top", arguments, &exit_code)) return exit_code;
-  const absl::StatusOr<std::string> address = where.Resolve();
-  if (!address.ok()) return Fail("top", kExitConfig, address.status());
+  const absl::StatusOr<Operator> router = where.Resolve();
+  if (!router.ok()) return Fail("top", kExitConfig, router.status());
 
-  absl::StatusOr<Json> status = ClusterStatus(*address);
+  absl::StatusOr<Json> status = ClusterStatus(*router);
   if (!status.ok()) return Fail("top", kExitUnavailable, status.status());
   static StopSignal stop;  // lives as long as the process, as its handler thread does
   stop.InstallHandlers();
   const bool terminal = IsTerminal(STDOUT_FILENO);
   Frames frames(terminal);
-  (void)frames.Next(*status, *address);
+  (void)frames.Next(*status, router->address);
   {
     Screen screen(terminal);
     for (int64_t shown = 0; count == 0 || shown < count; ++shown) {
       if (stop.WaitFor(absl::Milliseconds(interval_ms))) break;
-      status = ClusterStatus(*address);
+      status = ClusterStatus(*router);
       if (!status.ok()) break;
-      screen.Draw(frames.Next(*status, *address));
+      screen.Draw(frames.Next(*status, router->address));
     }
   }
   return status.ok() ? kExitOk : Fail("top", kExitUnavailable, status.status());

@@ -213,7 +213,7 @@ class Up {
         board_.Close();
         return Fail("up", supervisor_.failed_exit_code() != 0 ? supervisor_.failed_exit_code() : kExitSoftware, status);
       }
-      const absl::StatusOr<Json> status = ClusterStatus(config_.router().operator_listen());
+      const absl::StatusOr<Json> status = ClusterStatus({.address = config_.router().operator_listen()});
       board_.Show(supervisor_, status.ok() ? std::optional<Json>(*status) : std::nullopt);
       if (status.ok() && AllReady(*status, supervisor_)) {
         board_.Close();

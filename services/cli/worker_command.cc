@@ -66,7 +66,7 @@ absl::StatusOr<std::unique_ptr<router::HttpServer>> ServeMetrics(const std::stri
 
 int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
   std::string config_path, name, advertise;
-  bool watchdog = true;
+  bool watchdog = true, core_dumps = false;
   Flags flags(
       role.command, role.summary,
       absl::StrCat("The document is the cluster's, the same for every role; --name picks this worker's entry in\n"
@@ -80,6 +80,7 @@ int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
       "What others dial, instead of the entry's worker.advertise; such as a pod's address. Without a port: the "
       "one that was bound.");
   flags.Bool("watchdog", &watchdog, "End with status 70 when work is pending and no pass ends for too long.");
+  AddCoreDumpsFlag(flags, &core_dumps);
   int exit_code = kExitOk;
   if (!ParseOrExplain(flags, role.command, arguments, &exit_code)) return exit_code;
   if (config_path.empty()) {
@@ -106,6 +107,7 @@ int RunWorkerCommand(const WorkerRole& role, Arguments arguments) {
                 .name = config->worker().name(),
                 .level = config->worker().log_level(),
                 .format = config->worker().log_format()});
+  KeepMemoryPrivate(core_dumps);
 
   prometheus::Registry registry;
   std::atomic<bool> serving{false};

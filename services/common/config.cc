@@ -8,13 +8,18 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
+#include <string>
+#include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "engine/status.h"
 
@@ -134,6 +139,12 @@ absl::Status CompleteRouter(v1::RouterSection& router) {
     if (!listens.insert(listen).second)
       return Bad("router", absl::StrCat(listen, " twice"), "one listener per address");
   }
+  if (router.operator_hosts_size() > 64) {
+    return Bad("router.operator_hosts", absl::StrCat(router.operator_hosts_size(), " names"), "64");
+  }
+  for (const std::string& host : router.operator_hosts()) {
+    if (!ValidName(host)) return Bad("router.operator_hosts", host, "host names of 1 to 128 of [A-Za-z0-9._-]");
+  }
   NUMBER("router", router, max_requests, 256, 1, 1u << 20);
   NUMBER("router", router, queue_timeout_ms, 10000, 1, 3600000);
   NUMBER("router", router, default_deadline_ms, 600000, 1, 3600000);
@@ -203,6 +214,9 @@ absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerS
   RETURN_IF_ERROR(OneOf("transfer.expert_transport", transfer.expert_transport(), {"kvtransfer", "grpc"}));
   if (transfer.device_memory().empty()) transfer.set_device_memory("staged");
   RETURN_IF_ERROR(OneOf("transfer.device_memory", transfer.device_memory(), {"staged", "direct"}));
+  if (transfer.seal() && transfer.device_memory() == "direct") {
+    return Bad("transfer.device_memory", "direct with transfer.seal", "staged: what is sealed is host memory");
+  }
   NUMBER("transfer", transfer, max_inflight_bytes, 64ull << 20, 1ull << 16, 1ull << 40);
   if (transfer.listen_port() > 65535) {
     return Bad("transfer.listen_port", absl::StrCat(transfer.listen_port()), "0 (any free port) to 65535");
@@ -232,9 +246,27 @@ std::vector<const v1::WorkerSection*> Workers(const v1::ClusterConfig& config) {
   return workers;
 }
 
+// The keys of a seal are agreed on in messages between processes. Whoever can change those messages can put its own
+// keys there, so that a seal without their lock is none.
+absl::Status CheckSeal(const v1::ClusterConfig& config) {
+  if (!config.transfer().seal() || config.security().has_tls()) return absl::OkStatus();
+  const auto check = [](absl::string_view field, const std::string& listen) {
+    if (OnLoopback(listen)) return absl::OkStatus();
+    return Bad("transfer.seal", absl::StrCat("true without security.tls while ", field, " is \"", listen, "\""),
+               "true with security.tls, over which the seal's keys are agreed on and without which they would be "
+               "anybody's, or every internal listener on loopback, or false");
+  };
+  RETURN_IF_ERROR(check("router.control_listen", config.router().control_listen()));
+  for (const v1::WorkerSection* worker : Workers(config)) {
+    RETURN_IF_ERROR(check(absl::StrCat("worker.listen of ", worker->name()), worker->listen()));
+  }
+  return absl::OkStatus();
+}
+
 // What leaves loopback has a lock, or the document says that it need not.
 absl::Status CheckLocks(const v1::ClusterConfig& config) {
   const v1::SecuritySection& security = config.security();
+  RETURN_IF_ERROR(CheckSeal(config));
   if (security.allow_insecure()) return absl::OkStatus();
   const auto check = [](absl::string_view field, const std::string& listen, bool locked, absl::string_view lock) {
     if (locked || listen == "off" || OnLoopback(listen)) return absl::OkStatus();
@@ -251,10 +283,11 @@ absl::Status CheckLocks(const v1::ClusterConfig& config) {
   RETURN_IF_ERROR(check("router.operator_listen", config.router().operator_listen(), !security.api_keys_file().empty(),
                         "security.api_keys_file"));
   const std::string& blocks = config.transfer().listen_address();
-  if (!config.prefill().empty() && (blocks.empty() || blocks == "0.0.0.0" || blocks == "::")) {
+  if (!config.transfer().seal() && !config.prefill().empty() &&
+      (blocks.empty() || blocks == "0.0.0.0" || blocks == "::")) {
     return Bad("transfer.listen_address", blocks.empty() ? "nothing, which is every interface" : blocks,
-               "the address or the interface of a network that only workers share, since blocks are not encrypted, or "
-               "security.allow_insecure");
+               "the address or the interface of a network that only workers share, since blocks are not sealed, or "
+               "transfer.seal, or security.allow_insecure");
   }
   return absl::OkStatus();
 }
@@ -320,8 +353,29 @@ absl::StatusOr<v1::ClusterConfig> LoadClusterConfig(const std::string& path) {
   return config;
 }
 
+// Protobuf's parser lets the last of two equal keys win, so that a setting that somebody reads is not the one in force.
+// It also takes maxBatch for max_batch: those are the same key. What is no JSON is left to it to name.
+absl::Status EveryKeyOnce(std::string_view json) {
+  std::vector<std::set<std::string>> open;
+  std::string twice;
+  const auto look = [&](int, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
+    if (event == nlohmann::json::parse_event_t::object_start) open.emplace_back();
+    if (event == nlohmann::json::parse_event_t::object_end) open.pop_back();
+    if (event == nlohmann::json::parse_event_t::key && twice.empty()) {
+      const auto& name = parsed.get_ref<const std::string&>();
+      const std::string key = absl::AsciiStrToLower(absl::StrReplaceAll(name, {{"_", ""}}));
+      if (!open.back().insert(key).second) twice = name;
+    }
+    return true;
+  };
+  const auto unused = nlohmann::json::parse(json, look, /*allow_exceptions=*/false);
+  if (twice.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(twice, ": found twice in one object, allowed once"));
+}
+
 absl::StatusOr<v1::ClusterConfig> ParseClusterConfig(std::string_view json, const std::string& base_dir) {
   if (json.size() > kMaxConfigBytes) return absl::InvalidArgumentError("larger than 1 MiB");
+  RETURN_IF_ERROR(EveryKeyOnce(json));
   v1::ClusterConfig config;
   const auto parsed =
       google::protobuf::util::JsonStringToMessage(google::protobuf::StringPiece(json.data(), json.size()), &config);
@@ -418,7 +472,8 @@ absl::StatusOr<WorkerConfig> SelectWorker(const v1::ClusterConfig& cluster, v1::
 
 bool OnLoopback(std::string_view address) {
   const std::string_view host = address.substr(0, address.rfind(':'));
-  return host.starts_with("127.") || host == "localhost" || host == "[::1]" || host == "::1";
+  const bool is_number = host.find_first_not_of("0123456789.") == std::string_view::npos;
+  return (is_number && host.starts_with("127.")) || host == "localhost" || host == "[::1]" || host == "::1";
 }
 
 }  // namespace millrace

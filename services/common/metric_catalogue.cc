@@ -107,8 +107,10 @@ constexpr MetricDescription kCatalogue[] = {
     {"millrace_leases", kG, "leases", "role state worker", "decode",
      "Leases by state: receiving, committed, running, ending."},
     {"millrace_leases_granted_total", kC, "leases", "role worker", "decode", "Leases granted."},
-    {"millrace_lease_epoch", kG, "1", "role worker", "decode",
-     "Epoch of the newest lease; a message of an older epoch is dropped and counted."},
+    // The epochs themselves are secrets: who knows one may write into its lease.
+    {"millrace_lease_epoch_mismatches_total", kC, "calls", "role worker", "decode",
+     "Calls that named a live lease with another epoch than its own: of an attempt that has been replaced. Extents of "
+     "such are millrace_transfer_rejected_extents_total, reason stale_epoch."},
     {"millrace_handoffs_in_flight", kG, "requests", "phase role worker", "prefill",
      "Prompts whose state is leaving: phase stream (while it is computed), tail, commit."},
     {"millrace_handoff_seconds", kH, "seconds", "role worker", "prefill",

@@ -52,6 +52,25 @@ TEST(Config, EveryMistakeNamesItsField) {
   EXPECT_THAT(ErrorOf("{\"model\":"), ::testing::Not(HasSubstr("\n")));
 }
 
+TEST(Config, AKeyWrittenTwiceIsRefused) {
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"decode":[{"cache_pages":64,"cache_pages":128}]})"),
+              HasSubstr("cache_pages: found twice in one object, allowed once"));
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":"m"},"decode":[{"cache_pages":64,"cachePages":128}]})"),
+              HasSubstr("cachePages: found twice"));
+  EXPECT_THAT(ErrorOf(R"({"router":{"max_requests":1},"model":{"path":"m"},"router":{}})"),
+              HasSubstr("router: found twice"));
+  EXPECT_TRUE(
+      ParseClusterConfig(R"({"model":{"path":"m"},"decode":[{"cache_pages":64},{"cache_pages":64}]})", "/").ok());
+}
+
+TEST(Config, ADocumentThatIsHostileIsRefusedAndNotExpanded) {
+  EXPECT_THAT(ErrorOf(R"({"model":{"path":")" + std::string(1 << 20, 'x') + "\"}}"), HasSubstr("larger than 1 MiB"));
+  EXPECT_FALSE(ErrorOf(std::string(500000, '[')).empty());
+  EXPECT_FALSE(ErrorOf(R"({"model":)" + std::string(100000, '{')).empty());
+  // YAML's anchors and tabs mean nothing here.
+  EXPECT_FALSE(ErrorOf("model: &m\n  path: m\nprefill: [*m]\n").empty());
+}
+
 TEST(Config, OutputLimitsFitARequestAndEachOther) {
   const auto router = [](const std::string& members) { return R"({"model":{"path":"m"},"router":{)" + members + "}}"; };
   EXPECT_THAT(ErrorOf(router(R"("max_tokens_limit":2147483648)")), HasSubstr("router.max_tokens_limit"));
@@ -90,12 +109,40 @@ TEST(Config, WhatLeavesLoopbackHasALockOrSaysThatItNeedsNone) {
   EXPECT_THAT(error(R"("router":{"operator_listen":"0.0.0.0:1"})"), HasSubstr("router.operator_listen"));
   EXPECT_EQ(error(R"("router":{"operator_listen":"0.0.0.0:1"})", R"({"api_keys_file":"keys"})"), "ok");
   EXPECT_EQ(error(R"("expert":[{"worker":{"operator_listen":"0.0.0.0:1"}}])"), "ok");
-  // Blocks are not encrypted by TLS: they stay on a network that was named.
+  // Blocks are not encrypted by TLS: they stay on a network that was named, or are sealed.
   const std::string away = R"("prefill":[{"worker":{"listen":"0.0.0.0:0"}}])";
   EXPECT_THAT(error(away, tls), HasSubstr("transfer.listen_address: found nothing, which is every interface"));
   EXPECT_THAT(error(away + R"(,"transfer":{"listen_address":"0.0.0.0"})", tls), HasSubstr("found 0.0.0.0"));
   EXPECT_EQ(error(away + R"(,"transfer":{"listen_address":"eth1"})", tls), "ok");
+  EXPECT_EQ(error(away + R"(,"transfer":{"seal":true})", tls), "ok");
+  // A seal's keys are agreed on over TLS; nothing but loopback does without, whatever else is allowed.
+  for (const char* security : {"{}", R"({"allow_insecure":true})"}) {
+    EXPECT_THAT(error(away + R"(,"transfer":{"seal":true,"listen_address":"eth1"})", security),
+                HasSubstr("transfer.seal: found true without security.tls while worker.listen of prefill-0"));
+    EXPECT_THAT(error(R"("router":{"control_listen":"10.0.0.1:1"},"transfer":{"seal":true})", security),
+                HasSubstr("transfer.seal: found true without security.tls while router.control_listen"));
+  }
+  EXPECT_EQ(error(R"("prefill":[{}],"decode":[{}],"transfer":{"seal":true})"), "ok");
   EXPECT_THAT(error(R"("transfer":{"listen_port":65536})"), HasSubstr("transfer.listen_port: found 65536"));
+}
+
+TEST(Config, LoopbackIsAnAddressOfItOrLocalhost) {
+  for (const char* address : {"127.0.0.1:1", "127.8.0.1:0", "localhost:80", "[::1]:8081"}) {
+    EXPECT_TRUE(OnLoopback(address)) << address;
+  }
+  for (const char* address : {"0.0.0.0:1", "[::]:1", "10.0.0.1:1", "127.evil.example:1", "router:1", "[::2]:1"}) {
+    EXPECT_FALSE(OnLoopback(address)) << address;
+  }
+}
+
+TEST(Config, NamesOfTheOperatorPortAreHostsWithoutPorts) {
+  const auto with = [](const std::string& hosts) {
+    return R"({"model":{"path":"m"},"router":{"operator_hosts":[)" + hosts + "]}}";
+  };
+  EXPECT_EQ(ErrorOf(with(R"("ops.example","grafana")")), "ok");
+  for (const char* host : {R"("")", R"("ops.example:8081")", R"("http://ops.example")", R"("*.example")"}) {
+    EXPECT_THAT(ErrorOf(with(host)), HasSubstr("router.operator_hosts: found")) << host;
+  }
 }
 
 TEST(Config, LocksAreCompleteAndTheirFilesLieBesideTheDocument) {

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/device/device_copy.h"
 #include "engine/status.h"
+#include "kvtransfer/sealed_transport.h"
 #include "kvtransfer/staged_transport.h"
 #include "kvtransfer/ucx_transport.h"
 #include "services/common/cache_extents.h"
@@ -135,13 +136,17 @@ std::string WorkerCore::AdvertisedAddress() const {
   return absl::StrCat(host, ":", server_->port());
 }
 
-// Cache of a card goes through host buffers unless the document says that UCX is to move it: Debian's knows no CUDA.
 bool WorkerCore::DeviceMemoryIsDirect() const {
   return config_.role != v1::ROLE_EXPERT && config_.device() == "cuda" &&
          config_.cluster.transfer().device_memory() == "direct";
 }
 
-void WorkerCore::StageDeviceMemory() {
+// Sealed where that is asked for. Cache of a card goes through host buffers unless the document says that UCX is to
+// move it: Debian's knows no CUDA.
+void WorkerCore::Decorate() {
+  if (config_.cluster.transfer().seal()) {
+    transport_ = kvtransfer::SealTransport(std::move(transport_), kvtransfer::HostMemoryFunctions());
+  }
   if (config_.cluster.model().device() != "cuda" || DeviceMemoryIsDirect()) return;
   transport_ = kvtransfer::StageDeviceMemory(std::move(transport_), CacheMemoryFunctions());
 }
@@ -149,7 +154,7 @@ void WorkerCore::StageDeviceMemory() {
 absl::Status WorkerCore::MakeTransport() {
   if (environment_.make_transport) {
     ASSIGN_OR_RETURN(transport_, environment_.make_transport());
-    StageDeviceMemory();
+    Decorate();
     return absl::OkStatus();
   }
   Waiting("the transport's devices");
@@ -167,7 +172,7 @@ absl::Status WorkerCore::MakeTransport() {
         absl::StrCat("transfer.device_memory: found direct, UCX ", kvtransfer::UcxVersion(),
                      " carries no device memory here (built without CUDA, or UCX_TLS leaves it out); use staged"));
   }
-  StageDeviceMemory();
+  Decorate();
   spdlog::info("{} {} transport: {}", RoleWord(config_.role), config_.worker().name(), transport_->Describe());
   return absl::OkStatus();
 }
@@ -295,6 +300,14 @@ void WorkerCore::Drain(const std::function<void()>& refuse, const std::function<
   if (join_ != nullptr) join_->AwaitHeard(std::min(grace, kDrainHeard));
   refuse();
   while (!idle() && MonotonicNow() < end) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+}
+
+void WorkerCore::Drain(EngineLoop* loop, absl::Duration grace) {
+  Drain(
+      [loop] {
+        if (loop != nullptr) loop->Drain();
+      },
+      [loop] { return loop == nullptr || loop->Idle(); }, grace);
 }
 
 void WorkerCore::Shutdown() {

@@ -70,7 +70,7 @@ WorkerMetrics::WorkerMetrics(prometheus::Registry& registry, v1::Role role, cons
   if (role == v1::ROLE_DECODE) {
     phase("verify");
     leases_granted_ = &CounterFamily(registry, "millrace_leases_granted_total").Add(labels_);
-    lease_epoch_ = &GaugeFamily(registry, "millrace_lease_epoch").Add(labels_);
+    epoch_mismatches_ = &CounterFamily(registry, "millrace_lease_epoch_mismatches_total").Add(labels_);
     SetLeases({});
     return;
   }
@@ -115,11 +115,6 @@ void WorkerMetrics::CountExpert(int expert, int64_t rows) {
 }
 
 void WorkerMetrics::CountWave(uint32_t wave) { waves_->Add(With("wave", absl::StrCat(wave))).Increment(); }
-
-void WorkerMetrics::CountLease(uint64_t epoch) {
-  leases_granted_->Increment();
-  lease_epoch_->Set(static_cast<double>(epoch));
-}
 
 void WorkerMetrics::ObserveStep(double seconds, int64_t rows) {
   steps_.Increment();

@@ -53,7 +53,8 @@ class WorkerMetrics {
   void CountTokens(int64_t tokens) { tokens_.Increment(static_cast<double>(tokens)); }
   void CountExpert(int expert, int64_t rows);  // expert workers; `expert` is one of the member's own
   void CountWave(uint32_t wave);
-  void CountLease(uint64_t epoch);
+  void CountLease() { leases_granted_->Increment(); }
+  void CountEpochMismatch() { epoch_mismatches_->Increment(); }
   void ObserveStep(double seconds, int64_t rows);
   void ObserveHandoff(double seconds) { handoff_->Observe(seconds); }
   void ObserveHandoffPhase(std::string_view phase, double seconds);
@@ -104,8 +105,7 @@ class WorkerMetrics {
   prometheus::Gauge *slots_free_ = nullptr, *slots_owned_ = nullptr;
   prometheus::Counter *resent_ = nullptr, *repairs_ = nullptr, *transfer_bytes_ = nullptr;
   prometheus::Histogram *handoff_ = nullptr, *queue_ = nullptr;
-  prometheus::Counter* leases_granted_ = nullptr;
-  prometheus::Gauge* lease_epoch_ = nullptr;
+  prometheus::Counter *leases_granted_ = nullptr, *epoch_mismatches_ = nullptr;
 };
 
 }  // namespace millrace

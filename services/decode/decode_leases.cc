@@ -75,7 +75,7 @@ absl::StatusOr<v1::ReserveResponse> DecodeLoop::DoReserve(const v1::ReserveReque
   response.set_transfer_address(options_.transfer_address);
   response.set_ttl_ms(static_cast<uint32_t>(absl::ToInt64Milliseconds(LeaseTtl(request.ttl_ms()))));
   lease_of_request_[{lease.request_id, lease.spec.choice()}] = lease.id;
-  if (metrics_ != nullptr) metrics_->CountLease(lease.epoch);
+  if (metrics_ != nullptr) metrics_->CountLease();
   if (options_.traces != nullptr && !request.traceparent().empty()) {
     lease.trace = options_.traces->Begin(lease.request_id, "decode worker", request.traceparent(), now);
     lease.receive_span = lease.trace->Begin(Phase::kReceive, now);
@@ -83,7 +83,7 @@ absl::StatusOr<v1::ReserveResponse> DecodeLoop::DoReserve(const v1::ReserveReque
   const LogScope about = About(lease);
   spdlog::debug("{} granted: {} prompt tokens", LeaseName(lease), lease.prompt_tokens);
   leases_.emplace(lease.id, std::move(lease));
-  live_leases_.store(static_cast<int>(leases_.size()));
+  live_.store(static_cast<int>(leases_.size()));
   return response;
 }
 
@@ -111,6 +111,7 @@ absl::StatusOr<Lease*> DecodeLoop::Find(const v1::LeaseRef& ref) {
     return absl::NotFoundError(absl::StrFormat("lease %x is not live here: ended, expired or never granted", ref.id()));
   }
   if (it->second.epoch != ref.epoch() && !failpoints::Bug("bug.stale_attempt")) {
+    if (metrics_ != nullptr) metrics_->CountEpochMismatch();
     return absl::AbortedError(absl::StrCat("stale epoch ", ref.epoch(), ": ", LeaseName(it->second), " has another"));
   }
   return &it->second;
@@ -272,7 +273,7 @@ void DecodeLoop::Gone(uint64_t lease_id) {
   CHECK(it != leases_.end(), absl::StrCat("lease ", lease_id, " fenced twice"));
   Lease lease = std::move(it->second);
   leases_.erase(it);
-  live_leases_.store(static_cast<int>(leases_.size()));
+  live_.store(static_cast<int>(leases_.size()));
   engine_.Release(lease.sequence);
   const std::pair<std::string, uint32_t> key{lease.request_id, lease.spec.choice()};
   if (const auto of = lease_of_request_.find(key); of != lease_of_request_.end() && of->second == lease_id) {

@@ -26,6 +26,7 @@
 #include "services/common/clock.h"
 #include "services/common/failpoints.h"
 #include "services/common/one_engine_tokens.h"
+#include "services/common/worker_metrics.h"
 #include "services/decode/decode_loop.h"
 #include "services/prefill/prefill_loop.h"
 
@@ -152,7 +153,7 @@ class Pair {
     decode_options.incarnation = decode_id;
     decode_options.compat_hash = "same";
     decode_options.transfer_address = decode_transport->address();
-    decode_loop = std::make_unique<decode::DecodeLoop>(*decode_engine, *receiver, decode_options, nullptr);
+    decode_loop = std::make_unique<decode::DecodeLoop>(*decode_engine, *receiver, decode_options, &decode_metrics);
     client.loop = decode_loop.get();
     prefill::PrefillLoopOptions prefill_options;
     prefill_options.incarnation = prefill_id;
@@ -238,6 +239,8 @@ class Pair {
   std::unique_ptr<kvtransfer::Transport> prefill_transport, decode_transport;
   std::unique_ptr<Engine> prefill_engine, decode_engine;
   std::unique_ptr<kvtransfer::Receiver> receiver;
+  prometheus::Registry registry;
+  WorkerMetrics decode_metrics{registry, v1::ROLE_DECODE, "decode-0"};
   std::unique_ptr<decode::DecodeLoop> decode_loop;
   DirectClient client;
   std::unique_ptr<prefill::PrefillLoop> prefill_loop;

@@ -8,18 +8,22 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <future>
 #include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "services/common/metrics.h"
 #include "services/decode/handoff_pair.h"
 
 namespace millrace {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 TEST_F(Handoff, EveryLengthGivesTheBitsOfOneProcess) {
   Pair pair;
@@ -158,6 +162,28 @@ TEST_F(Handoff, AnOlderAttemptIsStale) {
   EXPECT_EQ(pair.Reserve(pair.MakeReserve("again", prompt, MakeSpec(5), 3)).status().code(),
             absl::StatusCode::kAborted);
 }
+
+// Whoever knows an epoch may write into its lease: what anybody can scrape must not say it.
+TEST_F(Handoff, AGuessedEpochIsRefusedAndCountedAndMetricsDoNotTellIt) {
+  Pair pair;
+  const auto reserved = pair.Reserve(pair.MakeReserve("guessed", MakePrompt(50), MakeSpec(5)));
+  ASSERT_TRUE(reserved.ok());
+  v1::RenewRequest guess;
+  *guess.mutable_lease() = reserved->lease();
+  guess.mutable_lease()->set_epoch(reserved->lease().epoch() ^ 1);
+  std::promise<absl::Status> answer;
+  pair.decode_loop->Renew(guess,
+                          [&](absl::StatusOr<v1::RenewResponse> response) { answer.set_value(response.status()); });
+  EXPECT_EQ(answer.get_future().get().code(), absl::StatusCode::kAborted);
+  const std::string text = RenderMetrics(pair.registry);
+  EXPECT_THAT(text, HasSubstr("millrace_lease_epoch_mismatches_total{role=\"decode\",worker=\"decode-0\"} 1\n"));
+  EXPECT_THAT(text, HasSubstr("millrace_leases_granted_total{role=\"decode\",worker=\"decode-0\"} 1\n"));
+  // As an integer, and as a gauge would print it.
+  const uint64_t epoch = reserved->lease().epoch();
+  EXPECT_THAT(text, Not(HasSubstr(absl::StrCat(epoch).substr(0, 10))));
+  EXPECT_THAT(text, Not(HasSubstr(absl::StrFormat("%.15e", static_cast<double>(epoch)).substr(0, 10))));
+}
+
 
 TEST_F(Handoff, ASlowReaderHoldsBackOnlyItsOwnSequence) {
   Pair pair;

@@ -15,6 +15,13 @@
 
 namespace millrace::expert {
 
+namespace {
+
+// In front of a compatibility hash. Two sides of which one seals cannot speak, and shall see why.
+absl::string_view SealWord(bool sealed) { return sealed ? "sealed-" : ""; }
+
+}  // namespace
+
 std::string PoolKernelSet(const WorkerConfig& config) {
   return config.pool_on_cuda() ? CudaKernelSet() : vec::KernelSet();
 }
@@ -26,10 +33,11 @@ absl::StatusOr<std::unique_ptr<ExpertComputer>> LoadExperts(const WorkerConfig& 
   return CreateCudaExperts(checkpoint, std::move(options));
 }
 
-std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, const std::string& kernel_set) {
+std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, const std::string& kernel_set,
+                             bool sealed) {
   const std::string text = absl::StrCat(checkpoint.ContentHash(), ";", std::string(NumericsName(numerics)), ";",
                                         kernel_set, ";wire ", kWireVersion);
-  return absl::StrCat(absl::Hex(XXH3_64bits(text.data(), text.size()), absl::kZeroPad16));
+  return absl::StrCat(SealWord(sealed), absl::Hex(XXH3_64bits(text.data(), text.size()), absl::kZeroPad16));
 }
 
 absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core, const EngineHostOptions& options) {
@@ -38,7 +46,8 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
   ASSIGN_OR_RETURN(host->checkpoint_, core.OpenCheckpoint());
   ASSIGN_OR_RETURN(const Numerics numerics, core.ChooseNumerics(*host->checkpoint_));
   const ModelConfig& model = host->checkpoint_->config();
-  host->expert_compat_hash_ = ExpertCompatHash(*host->checkpoint_, numerics, PoolKernelSet(config));
+  const bool sealed = config.cluster.transfer().seal();
+  host->expert_compat_hash_ = ExpertCompatHash(*host->checkpoint_, numerics, PoolKernelSet(config), sealed);
 
   EngineOptions engine_options;
   engine_options.numerics = numerics;
@@ -84,7 +93,7 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
   } else {
     ASSIGN_OR_RETURN(host->engine_, Engine::Create(host->checkpoint_, std::move(engine_options)));
   }
-  host->compat_hash_ = absl::StrCat("w", kWireVersion, "-", host->engine_->CompatibilityHash());
+  host->compat_hash_ = absl::StrCat("w", kWireVersion, "-", SealWord(sealed), host->engine_->CompatibilityHash());
   return host;
 }
 

@@ -23,8 +23,10 @@ namespace millrace::expert {
 // The kernels that the pool's experts are computed with, wherever they are: those of its device.
 std::string PoolKernelSet(const WorkerConfig& config);
 
-// What callers and members of a pool must agree on: model content, numerics, kernel set, wire version.
-std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, const std::string& kernel_set);
+// What callers and members of a pool must agree on: model content, numerics, kernel set, wire version, and whether
+// messages are sealed, which it says in clear so that a refusal shows it.
+std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, const std::string& kernel_set,
+                             bool sealed);
 
 // Experts of a pool that this process computes itself, on the pool's device.
 absl::StatusOr<std::unique_ptr<ExpertComputer>> LoadExperts(const WorkerConfig& config, const Checkpoint& checkpoint,

@@ -102,6 +102,8 @@ kvtransfer::Placement ExpertLoop::OnMessage(const kvtransfer::IncomingMessage& m
                                        if (arrived.ok()) return Enqueue({header, payload, reply});
                                        arriving_or_queued_.fetch_sub(1);
                                        waiting_.fetch_sub(1);
+                                       // Its seal was broken: like a wrong digest, worth an answer instead of a wait.
+                                       if (absl::IsDataLoss(arrived)) ReplyError(header, reply, arrived);
                                      });
 }
 

@@ -44,7 +44,8 @@ absl::Status ExpertWorker::Load() {
   loop_ = std::make_unique<ExpertLoop>(*experts_, &core_.transport(), options, &core_.metrics());
 
   v1::WorkerReady ready;
-  ready.set_expert_compat_hash(ExpertCompatHash(*checkpoint, numerics, experts_->KernelSet()));
+  ready.set_expert_compat_hash(
+      ExpertCompatHash(*checkpoint, numerics, experts_->KernelSet(), config.cluster.transfer().seal()));
   ready.set_numerics(std::string(NumericsName(numerics)));
   ready.set_kernel_set(experts_->KernelSet());
   ready.mutable_capacity()->set_max_queue(config.expert().max_queue());

@@ -15,6 +15,11 @@
 #include "services/common/failpoints.h"
 
 namespace millrace::expert {
+namespace {
+
+constexpr int64_t kFewRowsBytes = 8 << 10;  // rows of a decode step of a few sequences: messages that go in one piece
+
+}  // namespace
 
 // One message to one member and its answer. The buffers belong to the batch, which late arrivals keep alive: memory
 // that a message may still write is never reused for another batch.
@@ -71,16 +76,29 @@ absl::Status RemoteExperts::Dispatch(const ExpertBatch& batch) {
     std::lock_guard<std::mutex> lock(mutex_);
     current_ = next;
   }
+  absl::Status sent;
+  const auto send_waves = [&] { sent = SendWaves(batch); };
+  // Few rows travel while the shared expert is computed without waking the transport thread; what is more is worth it.
+  if (transport_ != nullptr && batch.num_tokens * RowBytes(options_.format, batch.hidden) <= kFewRowsBytes) {
+    transport_->SendAtOnce(send_waves);
+  } else {
+    send_waves();
+  }
+  if (!sent.ok()) return FailBatch(sent);
+  waves_.clear();  // from here on only the batch refers to members: one that drains can see whether it is done
+  return absl::OkStatus();
+}
+
+absl::Status RemoteExperts::SendWaves(const ExpertBatch& batch) {
   for (size_t wave = 0; wave < waves_.size(); ++wave) {
     for (const Share& share : waves_[wave]) {
       if (const absl::Status sent = SendPiece(batch, share.member, static_cast<int>(wave), share.by_expert);
           !sent.ok()) {
-        return FailBatch(
-            absl::Status(sent.code(), absl::StrCat("expert worker ", share.member->info.name(), ": ", sent.message())));
+        return absl::Status(sent.code(),
+                            absl::StrCat("expert worker ", share.member->info.name(), ": ", sent.message()));
       }
     }
   }
-  waves_.clear();  // from here on only the batch refers to members: one that drains can see whether it is done
   return absl::OkStatus();
 }
 
@@ -354,6 +372,10 @@ absl::Status RemoteExperts::Await(Batch& batch) {
     return MakeError(absl::StatusCode::kUnavailable,
                      absl::StrCat(who, ": no answer within ", absl::FormatDuration(options_.timeout)),
                      {.code = "experts_late"});
+  }
+  for (const auto& piece : batch.pieces) {
+    if (piece->state.load() == Piece::kFailed && absl::IsDataLoss(piece->error))
+      return absl::UnavailableError(absl::StrCat(who, ": ", piece->error.message()));
   }
   return absl::UnavailableError(absl::StrCat(who, ": lost while its rows were awaited"));
 }

@@ -62,6 +62,7 @@ class RemoteExperts final : public ExpertExchange, public kvtransfer::MessageHan
   struct Batch;
 
   absl::Status SplitByOwner(const ExpertBatch& batch, const PoolTable& table);
+  absl::Status SendWaves(const ExpertBatch& batch);
   absl::Status SendPiece(const ExpertBatch& batch, const std::shared_ptr<PoolMember>& member, int wave,
                          const std::vector<std::pair<int, std::vector<uint32_t>>>& experts);
   absl::Status ComputeLocal(const ExpertBatch& batch, uint8_t* expert_rows);

@@ -26,8 +26,11 @@ ChoiceText::ChoiceText(const ApiRequest& request, const text::Tokenizer& tokeniz
     : eos_id_(tokenizer.TokenId(std::string_view(text::kEos))),
       // Markup is made of special tokens: the parser needs them, a plain completion does not show them.
       detokenizer_(tokenizer, /*skip_special=*/!request.is_chat),
-      stops_(request.stops) {
-  if (request.is_chat) parser_.emplace(text::ParserOptions{request.thinking, request.parse_tools});
+      stops_(request.stops),
+      drops_calls_(request.tool_markup == ToolMarkup::kDropped) {
+  if (request.is_chat) {
+    parser_.emplace(text::ParserOptions{request.thinking, request.tool_markup != ToolMarkup::kText});
+  }
 }
 
 text::CompletionDelta ChoiceText::Push(int32_t id) {
@@ -43,13 +46,18 @@ text::CompletionDelta ChoiceText::Finish() {
     delta = Parse(stops_.Push(detokenizer_.Finish()));
     Append(Parse(stops_.Finish()), delta);
   }
-  if (parser_) Append(parser_->Finish(), delta);
+  if (parser_) Append(Shown(parser_->Finish()), delta);
+  return delta;
+}
+
+text::CompletionDelta ChoiceText::Shown(text::CompletionDelta delta) const {
+  if (drops_calls_) delta.tool_calls.clear();
   return delta;
 }
 
 text::CompletionDelta ChoiceText::Parse(const std::string& text) {
   if (text.empty()) return {};
-  if (parser_) return parser_->Push(text);
+  if (parser_) return Shown(parser_->Push(text));
   text::CompletionDelta delta;
   delta.content = text;
   return delta;

@@ -28,18 +28,22 @@ class ChoiceText {
   text::CompletionDelta Finish();
 
   bool stopped() const { return stops_.stopped(); }
-  int num_tool_calls() const { return parser_ ? parser_->num_tool_calls() : 0; }
+  int num_tool_calls() const { return parser_ && !drops_calls_ ? parser_->num_tool_calls() : 0; }
   int64_t reasoning_tokens() const { return reasoning_tokens_; }
   // False if the model wrote a tool call that could not be read and was dropped.
-  bool tool_calls_readable() const { return !parser_ || parser_->status().ok(); }
+  bool tool_calls_readable() const { return !parser_ || drops_calls_ || parser_->status().ok(); }
 
  private:
   text::CompletionDelta Parse(const std::string& text);
+  text::CompletionDelta Shown(text::CompletionDelta delta) const;
 
   const std::optional<int32_t> eos_id_;
   text::Detokenizer detokenizer_;
   text::StopMatcher stops_;
   std::optional<text::CompletionParser> parser_;  // none for plain completions
+  // The markup was understood and is not shown. Banning its token instead was tried on the demo model, which then wrote
+  // `<tool_calls>` without it for ever.
+  const bool drops_calls_;
   int64_t reasoning_tokens_ = 0;
 };
 

@@ -2,6 +2,7 @@
 // Field by field, and the table of errors.
 #include "services/router/generation_wire.h"
 
+#include <algorithm>
 #include <bit>
 #include <string>
 
@@ -94,6 +95,11 @@ v1::GenerationSpec ToSpec(const GenerationRequest& request, const std::vector<in
 uint64_t TokenHash(const std::vector<int32_t>& ids) {
   static_assert(std::endian::native == std::endian::little, "the hash is defined over little-endian ids");
   return XXH3_64bits(ids.data(), ids.size() * sizeof(int32_t));
+}
+
+uint64_t LeftMs(std::chrono::steady_clock::time_point deadline, std::chrono::steady_clock::time_point now) {
+  const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - now).count();
+  return static_cast<uint64_t>(std::clamp<int64_t>(left, 1, 3600000));
 }
 
 }  // namespace millrace::router

@@ -4,6 +4,7 @@
 // `millrace run` uses ToSpec too, so that one process and a cluster are told the same. Thread: pure functions.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -18,6 +19,9 @@ v1::GenerationSpec ToSpec(const GenerationRequest& request, const std::vector<in
 
 // XXH3-64 of the ids as little-endian int32: what the manifest of the hand-off must name.
 uint64_t TokenHash(const std::vector<int32_t>& ids);
+
+// What is left until `deadline`, as messages carry it: at least 1 ms, at most an hour.
+uint64_t LeftMs(std::chrono::steady_clock::time_point deadline, std::chrono::steady_clock::time_point now);
 
 GeneratedToken FromProto(const v1::Token& token);
 

@@ -20,6 +20,7 @@
 #include "services/common/error.h"
 #include "services/common/http_status.h"
 #include "services/router/http_connection.h"
+#include "services/router/http_format.h"
 #include "services/router/http_tls.h"
 
 namespace millrace::router {
@@ -170,7 +171,8 @@ class HttpServer::Impl : public std::enable_shared_from_this<HttpServer::Impl> {
     }
     if (refusal != nullptr) return Refuse(socket, refusal);
     const auto& tls = shared_->options.tls;
-    auto connection = MakeHttpConnection(shared_, std::move(socket), tls == nullptr ? nullptr : tls->Current(),
+    auto connection =
+        std::make_shared<HttpConnection>(shared_, std::move(socket), tls == nullptr ? nullptr : tls->Current(),
                                          [self = shared_from_this(), id, address] { self->OnEnd(id, address); });
     {
       const std::lock_guard lock(mutex_);

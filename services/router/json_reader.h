@@ -6,10 +6,7 @@
 // bounded by memory. This one refuses them with a code and the byte offset. It is iterative, linear in the input
 // whatever the keys are, and keeps the order of keys, since tool schemas go to the model as they came.
 //
-// Two other readers stay apart, because they are for other readers' texts and the engine cannot include this one:
-// engine/model/strict_json hands out events, so that the header of a checkpoint never becomes a tree, and its errors
-// name files; engine/text/python_json takes what Python's json takes, which is what the encoder's inputs are defined
-// by.
+// What does not come as a request body is engine/strict_json's; why there are two is docs/adr/0007.
 //
 // Thread: any; pure functions.
 #pragma once

@@ -6,9 +6,18 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <fstream>
+#include <map>
+#include <set>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
+#include "absl/strings/escaping.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "services/common/error.h"
 
 namespace millrace::router {
@@ -111,6 +120,50 @@ TEST(JsonReader, EveryTruncationOfAValidRequestIsRefusedAtItsEnd) {
     EXPECT_EQ(CodeOf(text.substr(0, length)), "invalid_json") << length;
     EXPECT_EQ(OffsetOf(text.substr(0, length)), length);
   }
+}
+
+// JSONTestSuite's name of a text, and the text.
+std::vector<std::pair<std::string, std::string>> TestSuite() {
+  std::vector<std::pair<std::string, std::string>> suite;
+  std::ifstream in("tests/data/json/json_test_suite.txt");
+  const auto decode = [](absl::string_view text) {
+    std::string bytes;
+    EXPECT_TRUE(absl::Base64Unescape(text, &bytes)) << text;
+    return bytes;
+  };
+  for (std::string line; std::getline(in, line);) {
+    if (line.empty() || line[0] == '#') continue;
+    const std::pair<absl::string_view, absl::string_view> parts = absl::StrSplit(line, absl::MaxSplits(' ', 1));
+    const auto [name, content] = parts;
+    int count = 1;
+    absl::string_view piece = content, tail;
+    if (const size_t star = content.find('*'); star != absl::string_view::npos) {
+      EXPECT_TRUE(absl::SimpleAtoi(content.substr(0, star), &count)) << line;
+      const std::pair<absl::string_view, absl::string_view> two = absl::StrSplit(content.substr(star + 1), '+');
+      std::tie(piece, tail) = two;
+    }
+    std::string text;
+    for (int i = 0; i < count; ++i) text += decode(piece);
+    suite.emplace_back(name, text + decode(tail));
+  }
+  return suite;
+}
+
+TEST(JsonReader, AgreesWithTheWholeOfJsonTestSuite) {
+  // What the grammar allows and we do not: a key given twice, and a number of more than 64 characters.
+  const std::set<std::string> refused = {"y_object_duplicated_key", "y_object_duplicated_key_and_value",
+                                         "y_number_double_close_to_zero"};
+  // What the grammar leaves open and we take: integers of any size as they are written, and what rounds to zero.
+  const std::set<std::string> taken = {"i_number_too_big_pos_int", "i_number_too_big_neg_int",
+                                       "i_number_very_big_negative_int", "i_number_double_huge_neg_exp",
+                                       "i_number_real_underflow"};
+  std::map<char, int> counts;
+  for (const auto& [name, text] : TestSuite()) {
+    const bool expected = name[0] == 'y' ? !refused.contains(name) : taken.contains(name);
+    EXPECT_EQ(ReadJson(text).ok(), expected) << name << ": " << CodeOf(text);
+    ++counts[name[0]];
+  }
+  EXPECT_EQ(counts, (std::map<char, int>{{'i', 35}, {'n', 188}, {'y', 95}}));
 }
 
 TEST(JsonReader, DepthIsBounded) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See openai_api.h. What happens to a request that passed is openai_session.cc.
+// From a request to the answer of its route. What happens to a generation that passed is openai_session.cc; what the
+// operator alone may see and do is operator_replies.cc.
 #include "services/router/openai_api.h"
 
 #include <openssl/rand.h>
@@ -13,154 +14,29 @@
 #include <set>
 #include <utility>
 
-#include "absl/strings/ascii.h"
-#include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/strings/str_split.h"
 #include "engine/status.h"
 #include "engine/text/concat.h"
 #include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/http_status.h"
-#include "services/router/explanation.h"
+#include "services/router/http_routes.h"
+#include "services/router/openai_headers.h"
 #include "services/router/openai_response.h"
 #include "services/router/openai_session.h"
-#include "services/router/status_page.h"
+#include "services/router/operator_access.h"
+#include "services/router/operator_replies.h"
 
 namespace millrace::router {
 namespace {
 
-using text::AbslView;
 using text::Concat;
 using Headers = std::vector<std::pair<std::string, std::string>>;
 
 // Smaller bodies are parsed where they arrive: a hop costs more than they do.
 constexpr size_t kParseElsewhereBytes = 32u << 10;
-constexpr size_t kMaxIgnoredNames = 32;
-
-struct Route {
-  std::string_view method;
-  std::string_view path;
-  enum Kind { kChat, kCompletions, kModels, kHealth, kReady, kMetrics, kStatus, kRequests } kind;
-};
-constexpr Route kPublicRoutes[] = {
-    {"POST", "/v1/chat/completions", Route::kChat},
-    {"POST", "/v1/completions", Route::kCompletions},
-    {"GET", "/v1/models", Route::kModels},
-    {"GET", "/healthz", Route::kHealth},
-    {"GET", "/readyz", Route::kReady},
-};
-constexpr Route kOperatorRoutes[] = {
-    {"GET", "/", Route::kStatus},
-    {"GET", "/requests", Route::kRequests},
-    {"POST", "/v1/chat/completions", Route::kChat},  // for the status page, so that no other origin need be allowed
-    {"GET", "/metrics", Route::kMetrics},
-    {"GET", "/healthz", Route::kHealth},
-    {"GET", "/readyz", Route::kReady},
-};
-constexpr std::string_view kModelPrefix = "/v1/models/";
-// On the operator's port: POST /workers/NAME/drain.
-constexpr std::string_view kWorkerPrefix = "/workers/";
-constexpr std::string_view kDrainSuffix = "/drain";
-constexpr std::string_view kRequestPrefix = "/requests/";
-constexpr size_t kMaxListedRequests = 50;
-
-absl::Status NotFound() {
-  return MakeError(absl::StatusCode::kNotFound, "There is no such route.", {.code = "not_found"});
-}
-
-// Bytes of a path segment with %XX undone; nothing if malformed. Only ever compared with the model's name.
-std::optional<std::string> PercentDecode(std::string_view text) {
-  std::string decoded;
-  const auto hex = [](char c) {
-    return c >= '0' && c <= '9'   ? c - '0'
-           : c >= 'a' && c <= 'f' ? c - 'a' + 10
-           : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                                  : -1;
-  };
-  for (size_t i = 0; i < text.size(); ++i) {
-    if (text[i] != '%') {
-      decoded += text[i];
-      continue;
-    }
-    if (i + 2 >= text.size() || hex(text[i + 1]) < 0 || hex(text[i + 2]) < 0) return std::nullopt;
-    decoded += static_cast<char>(hex(text[i + 1]) * 16 + hex(text[i + 2]));
-    i += 2;
-  }
-  return decoded;
-}
-
-// application/json, with no charset or UTF-8; nothing compressed.
-absl::Status CheckMediaType(const HttpRequest& request) {
-  const auto unsupported = [](absl::string_view message) {
-    return MakeError(absl::StatusCode::kInvalidArgument, message,
-                     {.code = "unsupported_media_type", .http_status = 415});
-  };
-  const auto encoding = request.Header("content-encoding");
-  if (encoding && !absl::EqualsIgnoreCase(AbslView(*encoding), "identity")) {
-    return unsupported("Compressed request bodies are not supported.");
-  }
-  const auto type = request.Header("content-type");
-  if (!type) return unsupported("Content-Type must be application/json.");
-  const std::vector<std::string> parts = absl::StrSplit(AbslView(*type), ';');
-  if (!absl::EqualsIgnoreCase(absl::StripAsciiWhitespace(parts[0]), "application/json")) {
-    return unsupported("Content-Type must be application/json.");
-  }
-  for (size_t i = 1; i < parts.size(); ++i) {
-    const std::string parameter = absl::AsciiStrToLower(absl::StripAsciiWhitespace(parts[i]));
-    if (!absl::StartsWith(parameter, "charset=")) continue;
-    if (parameter != "charset=utf-8" && parameter != "charset=\"utf-8\"") {
-      return unsupported("The only charset is utf-8.");
-    }
-  }
-  return absl::OkStatus();
-}
-
-// The client's request id, or one of ours.
-absl::StatusOr<std::string> ReadRequestId(const HttpRequest& request, const ApiLimits& limits) {
-  const auto given = request.Header("x-request-id");
-  if (!given) return NewRequestId();
-  const bool printable = std::all_of(given->begin(), given->end(), [](char c) { return c > ' ' && c < 0x7f; });
-  if (given->empty() || given->size() > limits.max_request_id_bytes || !printable) {
-    return InvalidRequest("invalid_request_id", "x-request-id",
-                          Concat("x-request-id: must have 1 to ", limits.max_request_id_bytes,
-                                 " printable ASCII characters without spaces."));
-  }
-  return std::string(*given);
-}
-
-absl::StatusOr<std::chrono::milliseconds> ReadTimeout(const HttpRequest& request, const ApiLimits& limits) {
-  const auto given = request.Header("x-request-timeout-ms");
-  if (!given) return limits.default_timeout;
-  int64_t timeout_ms = 0;
-  const bool digits = !given->empty() && given->find_first_not_of("0123456789") == std::string_view::npos;
-  if (!digits || given->size() > 10 || !absl::SimpleAtoi(AbslView(*given), &timeout_ms) || timeout_ms < 1) {
-    return InvalidRequest("invalid_value", "x-request-timeout-ms",
-                          "x-request-timeout-ms: expected a whole number of milliseconds, at least 1.");
-  }
-  return std::min(std::chrono::milliseconds(timeout_ms), limits.max_timeout);
-}
-
-// Names of ignored fields in a header: whatever could break it is replaced.
-std::string IgnoredHeader(std::vector<std::string> names) {
-  const bool cut = names.size() > kMaxIgnoredNames;
-  if (cut) names.resize(kMaxIgnoredNames);
-  for (auto& name : names) {
-    name.resize(std::min<size_t>(name.size(), 64));
-    for (char& c : name) {
-      if (!absl::ascii_isalnum(c) && c != '_' && c != '-' && c != '.') c = '?';
-    }
-  }
-  return absl::StrCat(absl::StrJoin(names, ", "), cut ? ", ..." : "");
-}
-
-const EmbeddedFile* FindPageFile(std::string_view path) {
-  const auto files = StatusPageFiles();
-  const auto found = std::find_if(files.begin(), files.end(), [&](const auto& file) { return file.path == path; });
-  return found == files.end() ? nullptr : &*found;
-}
+constexpr std::string_view kUnmatched = "unmatched";  // the route of what has none, in metrics
 
 }  // namespace
 
@@ -173,9 +49,8 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
 
   void Join() { parsers_.join(); }
 
-  template <size_t kCount>
-  void Handle(const Route (&routes)[kCount], bool is_public, HttpRequest request,
-              std::shared_ptr<HttpExchange> exchange) {
+  void Handle(Listener listener, HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
+    const bool is_public = listener == Listener::kPublic;
     Headers headers;
     auto request_id = ReadRequestId(request, options_.limits);
     headers.emplace_back("x-request-id", request_id.ok() ? *request_id : NewRequestId());
@@ -183,55 +58,31 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
       headers.emplace_back("Access-Control-Allow-Origin", options_.cors_allow_origin);
     }
 
-    std::vector<std::string> allowed;
-    const bool is_model = is_public && AbslView(request.path).size() > kModelPrefix.size() &&
-                          absl::StartsWith(request.path, AbslView(kModelPrefix));
-    if (is_model) allowed = {"GET"};
-    const Route* match = nullptr;
-    for (const Route& route : routes) {
-      if (route.path != request.path) continue;
-      allowed.emplace_back(route.method);
-      if (route.method == request.method || (route.method == "GET" && request.method == "HEAD")) match = &route;
+    const RouteMatch match = MatchRoute(listener, request);
+    const std::string_view name = match.route != nullptr ? match.route->name : kUnmatched;
+    if (!is_public && !IsProbe(request)) {
+      const absl::Status access = CheckOperatorAccess(request, options_.operator_hosts);
+      if (!access.ok()) return Answer(access, name, headers, *exchange);
     }
     std::string tenant;
-    const bool locked = is_public ? !allowed.empty() && NeedsKey(request) : request.method == "POST";
+    const bool locked = is_public ? !match.methods.empty() && NeedsKey(request) : request.method == "POST";
     if (options_.keys != nullptr && locked) {
       auto admitted = Authenticate(request, is_public ? ApiKeys::Door::kPublic : ApiKeys::Door::kOperator);
-      if (!admitted.ok()) return Answer(admitted.status(), match ? match->path : "unmatched", headers, *exchange);
+      if (!admitted.ok()) return Answer(admitted.status(), name, headers, *exchange);
       tenant = *std::move(admitted);
     }
-    const std::optional<std::string> drained = is_public ? std::nullopt : WorkerToDrain(request);
-    if (drained) allowed = {"POST"};
-    const EmbeddedFile* const file = is_public ? nullptr : FindPageFile(request.path);
-    const bool explains = !is_public && absl::StartsWith(request.path, AbslView(kRequestPrefix)) &&
-                          request.path.size() > kRequestPrefix.size();
-    if (file != nullptr || explains) allowed = {"GET"};
-    if (drained && request.method == "POST") return DrainWorker(*drained, request, headers, *exchange);
-    const bool reads = request.method == "GET" || request.method == "HEAD";
-    if (is_model && reads) return AnswerModel(request, headers, *exchange);
-    if (explains && reads) return AnswerExplanation(request, headers, *exchange);
-    if (file != nullptr && reads) return AnswerPage(*file, headers, *exchange);
-    if (allowed.empty()) return Answer(NotFound(), "unmatched", headers, *exchange);
-    if (match == nullptr) return AnswerMethod(request, allowed, headers, *exchange);
-    if (!request_id.ok()) return Answer(request_id.status(), RouteName(*match), headers, *exchange);
-    switch (match->kind) {
-      case Route::kChat:
-      case Route::kCompletions:
-        return Generate(*match, *std::move(request_id), std::move(tenant), std::move(request), std::move(headers),
-                        std::move(exchange));
-      case Route::kModels:
-        return AnswerModels(headers, *exchange);
-      case Route::kHealth:
-        return AnswerText("ok\n", "/healthz", headers, *exchange);
-      case Route::kReady:
-        return AnswerReady(headers, *exchange);
-      case Route::kMetrics:
-        return AnswerMetrics(headers, *exchange);
-      case Route::kStatus:
-        return AnswerStatus(request, headers, *exchange);
-      case Route::kRequests:
-        return AnswerRequests(headers, *exchange);
+    if (match.methods.empty()) {
+      return Answer(MakeError(absl::StatusCode::kNotFound, "There is no such route.", {.code = "not_found"}), name,
+                    headers, *exchange);
     }
+    if (match.route == nullptr) return AnswerMethod(request, match.methods, headers, *exchange);
+    if (!request_id.ok()) return Answer(request_id.status(), name, headers, *exchange);
+    if (match.route->kind == Route::kChat || match.route->kind == Route::kCompletions) {
+      return Generate(*match.route, *std::move(request_id), std::move(tenant), std::move(request), std::move(headers),
+                      std::move(exchange));
+    }
+    exchange->BodyConsumed();
+    Answer(Reply(match, request), name, headers, *exchange);
   }
 
   void BeginDrain() { draining_ = true; }
@@ -247,47 +98,80 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
   }
 
  private:
+  static bool IsProbe(const HttpRequest& request) { return request.path == "/healthz" || request.path == "/readyz"; }
   // Probes have no key, and a browser asks whether it may send one without sending it.
-  static bool NeedsKey(const HttpRequest& request) {
-    return request.path != "/healthz" && request.path != "/readyz" && request.method != "OPTIONS";
-  }
-
-  static std::string RouteName(const Route& route) { return std::string(route.path); }
+  static bool NeedsKey(const HttpRequest& request) { return !IsProbe(request) && request.method != "OPTIONS"; }
 
   // ---- Small answers.
 
-  void Send(HttpResponse response, std::string_view route, const Headers& headers, HttpExchange& exchange) {
-    response.headers.insert(response.headers.end(), headers.begin(), headers.end());
-    options_.metrics->CountRequest(route, response.status);
-    exchange.Respond(std::move(response));
-  }
-
-  void Answer(const absl::Status& status, std::string_view route, const Headers& headers, HttpExchange& exchange) {
-    HttpResponse response = ErrorResponse(status, headers[0].second, headers);
-    options_.metrics->CountRequest(route, response.status);
-    exchange.Respond(std::move(response));
-  }
-
-  void AnswerText(std::string text, std::string_view route, const Headers& headers, HttpExchange& exchange) {
-    Send({.content_type = "text/plain; charset=utf-8", .body = std::move(text)}, route, headers, exchange);
-  }
-
-  void AnswerMethod(const HttpRequest& request, const std::vector<std::string>& allowed, const Headers& headers,
-                    HttpExchange& exchange) {
-    const bool cors = !options_.cors_allow_origin.empty();
-    if (request.method == "OPTIONS" && cors) {
-      HttpResponse response{.status = 204, .content_type = ""};
-      response.headers.emplace_back("Access-Control-Allow-Methods", absl::StrJoin(allowed, ", "));
-      response.headers.emplace_back("Access-Control-Allow-Headers", "*, Authorization");
-      response.headers.emplace_back("Access-Control-Max-Age", "600");
-      return Send(std::move(response), "preflight", headers, exchange);
+  void Answer(absl::StatusOr<HttpResponse> reply, std::string_view route, const Headers& headers,
+              HttpExchange& exchange) {
+    HttpResponse response;
+    if (reply.ok()) {
+      response = *std::move(reply);
+      response.headers.insert(response.headers.end(), headers.begin(), headers.end());
+    } else {
+      response = ErrorResponse(reply.status(), headers[0].second, headers);
     }
-    HttpResponse response = ErrorResponse(
-        MakeError(absl::StatusCode::kInvalidArgument, Concat("This route takes ", absl::StrJoin(allowed, ", "), "."),
-                  {.code = "method_not_allowed", .http_status = 405}),
-        headers[0].second, {});
-    response.headers.emplace_back("Allow", absl::StrJoin(allowed, ", "));
-    Send(std::move(response), "unmatched", headers, exchange);
+    options_.metrics->CountRequest(route, response.status);
+    exchange.Respond(std::move(response));
+  }
+
+  absl::StatusOr<HttpResponse> Reply(const RouteMatch& match, const HttpRequest& request) {
+    switch (match.route->kind) {
+      case Route::kModels:
+        return HttpResponse{.body = DumpJson({{"object", "list"}, {"data", Json::array({ModelJson()})}})};
+      case Route::kModel:
+        if (match.name == options_.model.id) return HttpResponse{.body = DumpJson(ModelJson())};
+        return MakeError(absl::StatusCode::kNotFound, "There is no model of that name.",
+                         {.code = "model_not_found", .param = "model"});
+      case Route::kHealth:
+        return Text("ok\n");
+      case Route::kReady:
+        RETURN_IF_ERROR(Ready());
+        return Text("ready\n");
+      case Route::kMetrics:
+        return HttpResponse{.content_type = std::string(kMetricsContentType),
+                            .body = RenderMetrics(*options_.registry, options_.metric_names)};
+      case Route::kStatus:
+        return StatusReply(request, StatusJson());
+      case Route::kPage:
+        return PageReply(request.path);
+      case Route::kRequests:
+        return RequestsReply(options_.traces);
+      case Route::kRequest:
+        return ExplanationReply(options_.traces, match.name);
+      case Route::kDrain:
+        return DrainReply(request, match.name, options_.drain_worker);
+      case Route::kChat:
+      case Route::kCompletions:
+        break;
+    }
+    CHECK(false, "generations are answered by a session");
+    return HttpResponse{};
+  }
+
+  void AnswerMethod(const HttpRequest& request, const std::vector<std::string_view>& methods, const Headers& headers,
+                    HttpExchange& exchange) {
+    const std::string allowed =
+        absl::StrJoin(methods, ", ", [](std::string* out, std::string_view method) { out->append(method); });
+    if (request.method == "OPTIONS" && !options_.cors_allow_origin.empty()) {
+      return Answer(HttpResponse{.status = 204,
+                                 .content_type = "",
+                                 .headers = {{"Access-Control-Allow-Methods", allowed},
+                                             {"Access-Control-Allow-Headers", "*, Authorization"},
+                                             {"Access-Control-Max-Age", "600"}}},
+                    "preflight", headers, exchange);
+    }
+    Headers with_allow = headers;
+    with_allow.emplace_back("Allow", allowed);
+    Answer(MakeError(absl::StatusCode::kInvalidArgument, Concat("This route takes ", allowed, "."),
+                     {.code = "method_not_allowed", .http_status = 405}),
+           kUnmatched, with_allow, exchange);
+  }
+
+  static HttpResponse Text(std::string text) {
+    return {.content_type = "text/plain; charset=utf-8", .body = std::move(text)};
   }
 
   Json ModelJson() const {
@@ -298,24 +182,6 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
             {"max_model_len", options_.model.context_length}};
   }
 
-  void AnswerModels(const Headers& headers, HttpExchange& exchange) {
-    Json list;
-    list["object"] = "list";
-    list["data"] = Json::array();
-    list["data"].push_back(ModelJson());
-    Send({.body = DumpJson(list)}, "/v1/models", headers, exchange);
-  }
-
-  void AnswerModel(const HttpRequest& request, const Headers& headers, HttpExchange& exchange) {
-    const auto id = PercentDecode(std::string_view(request.path).substr(kModelPrefix.size()));
-    if (id == options_.model.id) {
-      return Send({.body = DumpJson(ModelJson())}, "/v1/models/{id}", headers, exchange);
-    }
-    Answer(MakeError(absl::StatusCode::kNotFound, "There is no model of that name.",
-                     {.code = "model_not_found", .param = "model"}),
-           "/v1/models/{id}", headers, exchange);
-  }
-
   absl::Status Ready() const {
     if (draining_) {
       return MakeError(absl::StatusCode::kUnavailable, "This server is shutting down.",
@@ -324,23 +190,7 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     return options_.generations->Ready();
   }
 
-  void AnswerReady(const Headers& headers, HttpExchange& exchange) {
-    const absl::Status ready = Ready();
-    if (!ready.ok()) return Answer(ready, "/readyz", headers, exchange);
-    AnswerText("ready\n", "/readyz", headers, exchange);
-  }
-
-  void AnswerMetrics(const Headers& headers, HttpExchange& exchange) {
-    Send({.content_type = std::string(kMetricsContentType),
-          .body = RenderMetrics(*options_.registry, options_.metric_names)},
-         "/metrics", headers, exchange);
-  }
-
-  void AnswerStatus(const HttpRequest& request, const Headers& headers, HttpExchange& exchange) {
-    const auto accept = request.Header("accept");
-    if (accept && absl::StrContains(AbslView(*accept), "text/html")) {
-      return AnswerPage(StatusPageFiles()[0], headers, exchange);
-    }
+  Json StatusJson() const {
     Json status;
     status["version"] = options_.version;
     status["model"] = options_.model.id;
@@ -351,73 +201,14 @@ class OpenAiApi::Core : public std::enable_shared_from_this<OpenAiApi::Core> {
     if (!ready.ok()) status["why_not_ready"] = std::string(ready.message());  // operators may read everything
     status["requests"] = num_requests();
     if (options_.status) status["cluster"] = options_.status();
-    HttpResponse response{.body = DumpJson(status) + "\n"};
-    response.headers = {{"Cache-Control", "no-store"}, {"Vary", "Accept"}, {"X-Content-Type-Options", "nosniff"}};
-    Send(std::move(response), "/", headers, exchange);
-  }
-
-  void AnswerRequests(const Headers& headers, HttpExchange& exchange) {
-    Json list;
-    list["requests"] = Json::array();
-    if (options_.traces != nullptr) {
-      for (const std::string& id : options_.traces->RequestIds(kMaxListedRequests)) {
-        const auto trace = options_.traces->Find(id);
-        if (trace) list["requests"].push_back(ExplanationSummaryJson(*trace, MonotonicNow()));
-      }
-    }
-    Send({.body = DumpJson(list) + "\n"}, "/requests", headers, exchange);
-  }
-
-  void AnswerExplanation(const HttpRequest& request, const Headers& headers, HttpExchange& exchange) {
-    const auto id = PercentDecode(std::string_view(request.path).substr(kRequestPrefix.size()));
-    const auto trace = id && options_.traces != nullptr ? options_.traces->Find(*id) : std::nullopt;
-    if (trace)
-      return Send({.body = DumpJson(ExplanationJson(*trace, MonotonicNow())) + "\n"}, "/requests/{id}", headers,
-                  exchange);
-    Answer(MakeError(absl::StatusCode::kNotFound,
-                     "There is no record of that request: it is unknown, or later ones have taken its place.",
-                     {.code = "request_not_found"}),
-           "/requests/{id}", headers, exchange);
-  }
-
-  void AnswerPage(const EmbeddedFile& file, const Headers& headers, HttpExchange& exchange) {
-    HttpResponse response{.content_type = std::string(file.content_type), .body = std::string(file.content)};
-    for (const auto& [name, value] : kStatusPageHeaders) response.headers.emplace_back(name, value);
-    response.headers.emplace_back("Vary", "Accept");
-    Send(std::move(response), "/page", headers, exchange);
-  }
-
-  std::optional<std::string> WorkerToDrain(const HttpRequest& request) const {
-    std::string_view path = request.path;
-    if (!options_.drain_worker || !absl::StartsWith(AbslView(path), AbslView(kWorkerPrefix)) ||
-        !absl::EndsWith(AbslView(path), AbslView(kDrainSuffix)) ||
-        path.size() <= kWorkerPrefix.size() + kDrainSuffix.size()) {
-      return std::nullopt;
-    }
-    path.remove_prefix(kWorkerPrefix.size());
-    path.remove_suffix(kDrainSuffix.size());
-    return std::string(path);
-  }
-
-  void DrainWorker(const std::string& name, const HttpRequest& request, const Headers& headers,
-                   HttpExchange& exchange) {
-    exchange.BodyConsumed();
-    // A page in the operator's browser can post forms here, but not this type without asking first.
-    absl::Status status = CheckMediaType(request);
-    if (status.ok()) status = options_.drain_worker(name);
-    if (absl::IsNotFound(status)) {
-      status = MakeError(absl::StatusCode::kNotFound, "There is no worker of that name.", {.code = "worker_not_found"});
-    }
-    if (!status.ok()) return Answer(status, "/workers/{name}/drain", headers, exchange);
-    Send({.status = 202, .body = DumpJson({{"worker", name}, {"asked_to_drain", true}})}, "/workers/{name}/drain",
-         headers, exchange);
+    return status;
   }
 
   // ---- Generation.
 
   void Generate(const Route& route, std::string request_id, std::string tenant, HttpRequest request, Headers headers,
                 std::shared_ptr<HttpExchange> exchange) {
-    const std::string name = RouteName(route);
+    const std::string name(route.name);
     const auto refuse = [&](const absl::Status& status) { Answer(status, name, headers, *exchange); };
     if (const auto status = CheckMediaType(request); !status.ok()) return refuse(status);
     const auto timeout = ReadTimeout(request, options_.limits);
@@ -547,7 +338,7 @@ OpenAiApi::~OpenAiApi() { core_->Join(); }
 
 HttpHandler OpenAiApi::PublicHandler() {
   return [core = core_](HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
-    core->Handle(kPublicRoutes, /*is_public=*/true, std::move(request), std::move(exchange));
+    core->Handle(Listener::kPublic, std::move(request), std::move(exchange));
   };
 }
 
@@ -558,7 +349,7 @@ HttpGate OpenAiApi::PublicGate() {
 
 HttpHandler OpenAiApi::OperatorHandler() {
   return [core = core_](HttpRequest request, std::shared_ptr<HttpExchange> exchange) {
-    core->Handle(kOperatorRoutes, /*is_public=*/false, std::move(request), std::move(exchange));
+    core->Handle(Listener::kOperator, std::move(request), std::move(exchange));
   };
 }
 

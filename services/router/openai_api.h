@@ -5,8 +5,7 @@
 // Public: POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /v1/models/{id}, GET /healthz,
 // GET /readyz. Operator: GET / (status, the page or JSON), GET /page/FILE, GET /requests, GET /requests/ID (explain),
 // GET /metrics, GET /healthz, GET /readyz, POST /workers/NAME/drain, and POST /v1/chat/completions for the page's
-// prompt. Paths are compared as they came, so no
-// spelling of one route reaches another; anything else is 404.
+// prompt. Anything else is 404. The tables are http_routes.cc.
 //
 // Thread: any; handlers run on the server's strands, long parsing on threads of its own.
 #pragma once
@@ -34,9 +33,10 @@ struct OpenAiApiOptions {
   HttpMetrics* metrics = nullptr;         // must outlive the servers
   std::string version;                    // "millrace 0.1.0", in the status
   std::function<Json()> status;           // what the status page shows; any thread; may be empty
-  // Asks a worker to drain, for the operator's POST /workers/NAME/drain; NotFound: there is no such worker. Any thread;
-  // empty: there is no such route.
+  // Asks a worker to drain, for the operator's POST /workers/NAME/drain; NotFound: there is no such worker. Any thread.
   std::function<absl::Status(const std::string& name)> drain_worker;
+  // Names under which the operator's listener is reached, besides addresses and those of loopback (operator_access.h).
+  std::vector<std::string> operator_hosts;
   // Who may use the public routes but health, and the operator's POSTs; must outlive the servers. Null: everybody.
   ApiKeys* keys = nullptr;
   int parse_threads = 1;

@@ -167,7 +167,7 @@ absl::Status CheckMessages(JsonFields& fields, const ApiLimits& limits) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<bool> CheckTools(JsonFields& fields, const ApiLimits& limits, std::vector<std::string>& ignored) {
+absl::StatusOr<ToolMarkup> CheckTools(JsonFields& fields, const ApiLimits& limits, std::vector<std::string>& ignored) {
   const Json* tools = fields.Get("tools");
   bool asks_strict = false;
   if (tools != nullptr) {
@@ -188,8 +188,8 @@ absl::StatusOr<bool> CheckTools(JsonFields& fields, const ApiLimits& limits, std
 
   const Json* choice = fields.Get("tool_choice");
   const bool has_tools = tools != nullptr && !tools->empty();
-  if (choice == nullptr || *choice == "auto") return has_tools;
-  if (*choice == "none") return false;
+  if (choice == nullptr || *choice == "auto") return has_tools ? ToolMarkup::kCalls : ToolMarkup::kText;
+  if (*choice == "none") return ToolMarkup::kDropped;
   if (*choice == "required" || choice->is_object()) {
     return InvalidRequest("unsupported_parameter", "tool_choice",
                           "tool_choice: only \"auto\" and \"none\" are supported; a call cannot be forced.");

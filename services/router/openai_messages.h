@@ -11,14 +11,15 @@
 #include "absl/status/statusor.h"
 #include "services/router/http_limits.h"
 #include "services/router/json_fields.h"
+#include "services/router/openai_request.h"
 
 namespace millrace::router {
 
 // Errors name `messages[i].field`.
 absl::Status CheckMessages(JsonFields& fields, const ApiLimits& limits);
 
-// True if the model is shown tools and may call them. Adds to `ignored` what has no effect.
-absl::StatusOr<bool> CheckTools(JsonFields& fields, const ApiLimits& limits, std::vector<std::string>& ignored);
+// Tools and tool_choice; the model is shown the tools unless that is none. Adds to `ignored` what has no effect.
+absl::StatusOr<ToolMarkup> CheckTools(JsonFields& fields, const ApiLimits& limits, std::vector<std::string>& ignored);
 
 absl::Status CheckResponseFormat(JsonFields& fields);
 

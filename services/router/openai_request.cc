@@ -256,10 +256,8 @@ absl::StatusOr<ApiRequest> ParseChatRequest(const Json& body, const ServedModel&
   RETURN_IF_ERROR(ReadCommon(fields, model, limits, out));
   RETURN_IF_ERROR(ReadChatLogprobs(fields, limits, out));
   RETURN_IF_ERROR(CheckMessages(fields, limits));
-  bool has_tools = false;
-  ASSIGN_OR_RETURN(has_tools, CheckTools(fields, limits, out.ignored));
+  ASSIGN_OR_RETURN(out.tool_markup, CheckTools(fields, limits, out.ignored));
   RETURN_IF_ERROR(CheckResponseFormat(fields));
-  out.parse_tools = has_tools;
 
   for (const std::string_view name : {"reasoning_effort", "thinking", "chat_template_kwargs"}) fields.Get(name);
   auto options = text::ResolveChatOptions(body, model.chat_defaults);

@@ -35,6 +35,13 @@ struct ServedModel {
   int32_t default_max_tokens = 0;              // chat requests that ask for none; 0: the most that there can be
 };
 
+// What becomes of tool markup (DSML) in a completion.
+enum class ToolMarkup {
+  kText,     // no tools were given: text like any other
+  kCalls,    // calls of the tools
+  kDropped,  // tool_choice none: neither a call nor text
+};
+
 struct ApiRequest {
   std::vector<std::vector<int32_t>> prompts;  // ids; one, or for completions several, each answered n times
   SamplingParams sampling;
@@ -50,10 +57,10 @@ struct ApiRequest {
   std::string cache_salt;
 
   bool is_chat = false;
-  bool thinking = false;             // chat: the prompt ends in <think>
-  bool parse_tools = false;          // chat: DSML means tool calls
-  std::vector<std::string> echoes;   // completions: text to put before each prompt's completions; empty: none
-  std::vector<std::string> ignored;  // fields without effect, for x-ignored-params
+  bool thinking = false;                       // chat: the prompt ends in <think>
+  ToolMarkup tool_markup = ToolMarkup::kText;  // chat
+  std::vector<std::string> echoes;             // completions: text to put before each prompt's completions; empty: none
+  std::vector<std::string> ignored;            // fields without effect, for x-ignored-params
 };
 
 absl::StatusOr<ApiRequest> ParseChatRequest(const Json& body, const ServedModel& model, const ApiLimits& limits);

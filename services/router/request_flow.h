@@ -85,6 +85,9 @@ class RequestFlow final : public GenerationService {
   using AttemptId = uint64_t;
   class Handle;
 
+  // Our own deadline timer ends a request; the calls' deadlines are its safety net and fire later.
+  static constexpr milliseconds kCallSlack{2000};
+
   struct Flow {
     FlowId id = 0;
     GenerationRequest request;
@@ -188,6 +191,7 @@ class RequestFlow final : public GenerationService {
   static uint64_t BeginPhase(const Flow& flow, Phase phase, TimePoint now, const std::string& worker = "");
   static void EndPhases(Flow& flow, absl::StatusCode code, TimePoint now);          // all that are open
   static void EndPhasesOf(Attempt& attempt, absl::StatusCode code, TimePoint now);  // of one that failed
+  static std::string Traceparent(const Attempt& attempt, uint64_t span);            // for a worker; empty without one
   static LogScope About(const Attempt& attempt);
 
   Flow* FindFlow(FlowId id);

@@ -10,11 +10,17 @@
 #include <prometheus/histogram.h>
 #include <prometheus/registry.h>
 
+#include <chrono>
 #include <string_view>
 
 #include "services/router/cluster_snapshot.h"
 
 namespace millrace::router {
+
+// A duration as histograms take it.
+inline double Seconds(std::chrono::steady_clock::duration duration) {
+  return std::chrono::duration<double>(duration).count();
+}
 
 class FlowMetrics {
  public:

@@ -233,6 +233,7 @@ class RouterProcessImpl final : public RouterProcess {
     api.registry = &registry_metrics_;
     api.metrics = &*http_metrics_;
     api.keys = keys_.get();
+    api.operator_hosts.assign(section.operator_hosts().begin(), section.operator_hosts().end());
     api.traces = &*traces_;
     api.metric_names.assign(config_.metrics().compatibility().begin(), config_.metrics().compatibility().end());
     api.status = [this] { return ClusterJson(); };

@@ -1,155 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gRPC front over a scripted engine and a real connection: what it delivers, what it refuses, what it lets go.
+// The gRPC front: what it delivers, what it refuses, what it lets go.
 #include "services/router/router_service.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <unistd.h>
-
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
-#include <filesystem>
-#include <fstream>
 #include <functional>
 #include <future>
-#include <memory>
-#include <sstream>
 #include <string>
-#include <thread>
-#include <utility>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
-#include "google/rpc/error_details.pb.h"
-#include "google/rpc/status.pb.h"
-#include "millrace/v1/cluster.grpc.pb.h"
-#include "millrace/v1/handoff.grpc.pb.h"
-#include "services/common/config.h"
 #include "services/common/error.h"
-#include "services/common/incarnation.h"
-#include "services/common/rpc.h"
-#include "services/common/test_certificates.h"
-#include "services/router/api_keys.h"
-#include "services/router/fake_generation_service.h"
-#include "services/router/router_process.h"
+#include "services/router/router_service_fixture.h"
 
 namespace millrace::router {
 namespace {
 
 using ::testing::HasSubstr;
-
-class RouterServiceTest : public ::testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    auto tokenizer = text::Tokenizer::Load("deploy/demo/model/tokenizer.json", 1536);
-    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
-    tokenizer_ = tokenizer->release();
-  }
-  RouterServiceTest() : generations_(*tokenizer_) {
-    RouterServiceOptions options;
-    options.model = {.id = "demo",
-                     .created_unix_s = 1700000000,
-                     .context_length = 2048,
-                     .vocab_size = 1536,
-                     .tokenizer = tokenizer_};
-    options.numerics = "release";
-    options.generations = &generations_;
-    options.traces = &traces_;
-    service_ = std::make_unique<RouterService>(std::move(options));
-    server_ =
-        *RpcServer::Start({.listen = "127.0.0.1:0", .max_receive_bytes = kMaxPublicMessageBytes}, {service_.get()});
-    server_->SetServing(true);
-    stub_ = v1::Inference::NewStub(MakeChannel(server_->address()));
-    generations_.SetScript({.text = "Hello world"});
-  }
-  ~RouterServiceTest() override {
-    generations_.Release();
-    server_->Shutdown(absl::ZeroDuration());
-  }
-
-  struct Generated {
-    grpc::Status status;
-    std::string text;
-    std::vector<v1::Token> tokens;
-    v1::GenerationEnd end;
-    std::string code;
-  };
-  static std::string Trailer(const grpc::ClientContext& context, const char* key) {
-    const auto& metadata = context.GetServerTrailingMetadata();
-    const auto found = metadata.find(key);
-    return found == metadata.end() ? "" : std::string(found->second.data(), found->second.size());
-  }
-  Generated Generate(const v1::GenerateRequest& request) {
-    Generated out;
-    grpc::ClientContext context;
-    auto reader = stub_->Generate(&context, request);
-    v1::GenerateEvent event;
-    while (reader->Read(&event)) {
-      out.text += event.tokens().text();
-      for (const v1::Token& token : event.tokens().tokens()) out.tokens.push_back(token);
-      if (event.has_end()) out.end = event.end();
-    }
-    out.status = reader->Finish();
-    out.code = absl::AsciiStrToLower(Detail<google::rpc::ErrorInfo>(out.status).reason());
-    return out;
-  }
-  // The detail of this kind in the status, or an empty one.
-  template <typename Kind>
-  static Kind Detail(const grpc::Status& status) {
-    google::rpc::Status unpacked;
-    EXPECT_TRUE(unpacked.ParseFromString(status.error_details()));
-    Kind detail;
-    for (const auto& any : unpacked.details()) {
-      if (any.UnpackTo(&detail)) break;
-    }
-    return detail;
-  }
-  static v1::GenerateRequest Prompt(const std::string& text) {
-    v1::GenerateRequest request;
-    request.set_text(text);
-    return request;
-  }
-  struct Answer {
-    grpc::Status status;
-    std::string content, reasoning, arguments, tool;
-    v1::GenerationEnd end;
-  };
-  Answer Chat(const v1::ChatRequest& request) {
-    Answer out;
-    grpc::ClientContext context;
-    auto reader = stub_->Chat(&context, request);
-    v1::ChatEvent event;
-    while (reader->Read(&event)) {
-      out.content += event.delta().content();
-      out.reasoning += event.delta().reasoning_content();
-      for (const auto& call : event.delta().tool_calls()) {
-        out.tool += call.name();
-        out.arguments += call.arguments_delta();
-      }
-      if (event.has_end()) out.end = event.end();
-    }
-    out.status = reader->Finish();
-    return out;
-  }
-  static v1::ChatRequest Ask(const std::string& text) {
-    v1::ChatRequest request;
-    v1::ChatMessage* message = request.add_messages();
-    message->set_role("user");
-    message->set_content(text);
-    return request;
-  }
-
-  static text::Tokenizer* tokenizer_;
-  FakeGenerationService generations_;
-  TraceLog traces_{{}};
-  std::unique_ptr<RouterService> service_;
-  std::unique_ptr<RpcServer> server_;
-  std::unique_ptr<v1::Inference::Stub> stub_;
-};
-
-text::Tokenizer* RouterServiceTest::tokenizer_ = nullptr;
 
 TEST_F(RouterServiceTest, GenerateStreamsTokensThenOneEnd) {
   v1::GenerateRequest request = Prompt("Say hello");
@@ -206,9 +77,7 @@ TEST_F(RouterServiceTest, AStopStringEndsTheTextAndTheWork) {
   ASSERT_TRUE(out.status.ok());
   EXPECT_EQ(out.text, "Hello ");
   EXPECT_EQ(out.end.reason(), v1::FINISH_REASON_STOP);
-  for (int i = 0; i < 500 && generations_.running() > 0; ++i)
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  EXPECT_EQ(generations_.running(), 0);
+  EXPECT_TRUE(Eventually([&] { return generations_.running() == 0; }));
 }
 
 TEST_F(RouterServiceTest, ChatTakesReasoningAndToolCallsApart) {
@@ -345,9 +214,7 @@ TEST_F(RouterServiceTest, ACallerThatLeavesCancelsItsWork) {
     context.TryCancel();
     reader->Finish();
   }
-  for (int i = 0; i < 500 && generations_.running() > 0; ++i)
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  EXPECT_EQ(generations_.running(), 0);
+  EXPECT_TRUE(Eventually([&] { return generations_.running() == 0; }));
 }
 
 // The cancel and the failure of the write in flight come in either order. A call that is not finished after both would
@@ -410,198 +277,6 @@ TEST_F(RouterServiceTest, AMessageOverTheLimitIsRefusedAndTheServerLives) {
   grpc::ClientContext context;
   EXPECT_EQ(stub_->Tokenize(&context, request, &ids).error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_TRUE(Generate(Prompt("x")).status.ok());
-}
-
-// The same front with keys: two tenants, one of them with quotas.
-class RouterKeysTest : public RouterServiceTest {
- protected:
-  RouterKeysTest()
-      : path_((std::filesystem::temp_directory_path() / absl::StrCat("millrace-keys-", getpid(), ".json")).string()) {
-    std::ofstream(path_) << R"({"tenants":[{"name":"a","keys":[")" << ApiKeyDigest("key-a")
-                         << R"("],"requests_per_minute":2,"max_concurrent":1},{"name":"b","keys":[")"
-                         << ApiKeyDigest("key-b") << R"("]}]})";
-    keys_ = *ApiKeys::Open(path_);
-    RouterServiceOptions options;
-    options.model = {.id = "demo", .context_length = 2048, .vocab_size = 1536, .tokenizer = tokenizer_};
-    options.generations = &generations_;
-    options.keys = keys_.get();
-    locked_service_ = std::make_unique<RouterService>(std::move(options));
-    locked_ = *RpcServer::Start({.listen = "127.0.0.1:0"}, {locked_service_.get()});
-    locked_stub_ = v1::Inference::NewStub(MakeChannel(locked_->address()));
-  }
-  ~RouterKeysTest() override {
-    generations_.Release();
-    locked_->Shutdown(absl::ZeroDuration());
-    std::filesystem::remove(path_);
-  }
-  // Every method once with this value of "authorization" (none if empty).
-  std::vector<grpc::Status> CallAll(const std::string& authorization) {
-    std::vector<grpc::Status> all;
-    const auto unary = [&](auto method, auto request, auto response) {
-      grpc::ClientContext context;
-      if (!authorization.empty()) context.AddMetadata("authorization", authorization);
-      all.push_back((locked_stub_.get()->*method)(&context, request, &response));
-    };
-    unary(&v1::Inference::Stub::Tokenize, v1::TokenizeRequest(), v1::TokenizeResponse());
-    unary(&v1::Inference::Stub::Detokenize, v1::DetokenizeRequest(), v1::DetokenizeResponse());
-    v1::AbortRequest abort;
-    abort.set_request_id("x");
-    unary(&v1::Inference::Stub::Abort, abort, v1::AbortResponse());
-    unary(&v1::Inference::Stub::ListModels, v1::ListModelsRequest(), v1::ListModelsResponse());
-    all.push_back(Ask(authorization, Prompt("x")));
-    grpc::ClientContext context;
-    if (!authorization.empty()) context.AddMetadata("authorization", authorization);
-    v1::ChatRequest chat;
-    auto* message = chat.add_messages();
-    message->set_role("user");
-    message->set_content("x");
-    auto reader = locked_stub_->Chat(&context, chat);
-    v1::ChatEvent event;
-    while (reader->Read(&event)) {
-    }
-    all.push_back(reader->Finish());
-    return all;
-  }
-  grpc::Status Ask(const std::string& authorization, const v1::GenerateRequest& request) {
-    grpc::ClientContext context;
-    if (!authorization.empty()) context.AddMetadata("authorization", authorization);
-    auto reader = locked_stub_->Generate(&context, request);
-    v1::GenerateEvent event;
-    while (reader->Read(&event)) {
-    }
-    return reader->Finish();
-  }
-
-  const std::string path_;
-  std::unique_ptr<ApiKeys> keys_;
-  std::unique_ptr<RouterService> locked_service_;
-  std::unique_ptr<RpcServer> locked_;
-  std::unique_ptr<v1::Inference::Stub> locked_stub_;
-};
-
-TEST_F(RouterKeysTest, EveryMethodAsksForAKey) {
-  for (const char* authorization : {"", "Bearer key-c", "Basic key-b", "key-b"}) {
-    for (const grpc::Status& status : CallAll(authorization)) {
-      EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAUTHENTICATED) << authorization;
-      EXPECT_EQ(Detail<google::rpc::ErrorInfo>(status).reason(), "INVALID_API_KEY");
-    }
-  }
-  for (const grpc::Status& status : CallAll("Bearer key-b")) EXPECT_TRUE(status.ok()) << status.error_message();
-}
-
-TEST_F(RouterKeysTest, AQuotaSaysWhenToComeBack) {
-  EXPECT_TRUE(Ask("Bearer key-a", Prompt("x")).ok());
-  EXPECT_TRUE(Ask("Bearer key-a", Prompt("x")).ok());
-  const grpc::Status status = Ask("Bearer key-a", Prompt("x"));
-  EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
-  EXPECT_THAT(status.error_message(), HasSubstr("requests_per_minute 2"));
-  const auto retry = Detail<google::rpc::RetryInfo>(status).retry_delay().seconds();
-  EXPECT_GE(retry, 1);
-  EXPECT_LE(retry, 30);
-  EXPECT_TRUE(Ask("Bearer key-b", Prompt("x")).ok());
-}
-
-TEST_F(RouterKeysTest, ARequestIsItsTenantsToAbort) {
-  generations_.SetScript({.text = "Hello world", .hold_after = 1});
-  v1::GenerateRequest request = Prompt("x");
-  request.set_request_id("mine");
-  std::thread running([&] { EXPECT_EQ(Ask("Bearer key-a", request).error_code(), grpc::StatusCode::CANCELLED); });
-  const auto abort = [&](const std::string& key) {
-    grpc::ClientContext context;
-    context.AddMetadata("authorization", "Bearer " + key);
-    v1::AbortRequest message;
-    message.set_request_id("mine");
-    v1::AbortResponse response;
-    EXPECT_TRUE(locked_stub_->Abort(&context, message, &response).ok());
-    return response.was_running();
-  };
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
-  while (generations_.running() == 0 && std::chrono::steady_clock::now() < end) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  EXPECT_THAT(Ask("Bearer key-a", Prompt("x")).error_message(), HasSubstr("max_concurrent 1"));
-  EXPECT_FALSE(abort("key-b"));
-  EXPECT_TRUE(abort("key-a"));
-  running.join();
-}
-
-v1::ClusterConfig RouterOnly(const std::string& more = "") {
-  auto config = ParseClusterConfig(
-      R"({"model":{"path":"deploy/demo/model","id":"demo"},"router":{"control_listen":"127.0.0.1:0",
-          "grpc_listen":"127.0.0.1:0","http_listen":"off","operator_listen":"off"}, "timers":{"heartbeat_ms":100,
-          "dead_after_ms":1000,"lease_ttl_ms":1000})" +
-          more + "}",
-      ".");
-  EXPECT_TRUE(config.ok()) << config.status();
-  return *config;
-}
-
-TEST(RouterProcess, ThePublicPortSpeaksTlsAndTheInternalOneAsksForACertificate) {
-  const TestCertificates certificates;
-  v1::ClusterConfig config = RouterOnly();
-  *config.mutable_security()->mutable_tls() = certificates.Tls();
-  *config.mutable_security()->mutable_public_tls() = certificates.PublicTls();
-  auto router = RouterProcess::Start(config);
-  ASSERT_TRUE(router.ok()) << router.status();
-  const auto list = [](const std::shared_ptr<grpc::Channel>& channel) {
-    grpc::ClientContext context;
-    v1::ListModelsResponse models;
-    return v1::Inference::NewStub(channel)->ListModels(&context, {}, &models);
-  };
-  std::ostringstream ca;
-  ca << std::ifstream(certificates.Path("ca.pem")).rdbuf();
-  grpc::SslCredentialsOptions ssl;
-  ssl.pem_root_certs = ca.str();
-  EXPECT_TRUE(list(MakeChannel((*router)->grpc_address(), grpc::SslCredentials(ssl), "localhost")).ok());
-  EXPECT_EQ(list(MakeChannel((*router)->grpc_address())).error_code(), grpc::StatusCode::UNAVAILABLE);
-  EXPECT_EQ(list(MakeChannel((*router)->control_address(), grpc::SslCredentials(ssl), "millrace")).error_code(),
-            grpc::StatusCode::UNAVAILABLE);
-  // A worker joins as what its certificate says, or not at all.
-  const auto join = [&](PeerRole proven, v1::Role claimed) {
-    const auto security = *PeerSecurity::Create(certificates.Tls(), proven);
-    auto stub = v1::Cluster::NewStub(MakeChannel((*router)->control_address(), security.get(), PeerRole::kRouter));
-    grpc::ClientContext context;
-    auto stream = stub->Join(&context);
-    v1::WorkerMessage hello;
-    hello.mutable_hello()->set_role(claimed);
-    hello.mutable_hello()->set_name("w");
-    *hello.mutable_hello()->mutable_incarnation() = IncarnationId::Random().ToProto();
-    hello.mutable_hello()->set_wire_version(1);
-    hello.mutable_hello()->set_control_address("127.0.0.1:1");
-    EXPECT_TRUE(stream->Write(hello));
-    v1::RouterMessage welcome;
-    if (!stream->Read(&welcome)) return stream->Finish();
-    context.TryCancel();
-    (void)stream->Finish();
-    return grpc::Status::OK;
-  };
-  EXPECT_TRUE(join(PeerRole::kDecode, v1::ROLE_DECODE).ok());
-  const grpc::Status status = join(PeerRole::kExpert, v1::ROLE_DECODE);
-  EXPECT_EQ(status.error_code(), grpc::StatusCode::PERMISSION_DENIED);
-  EXPECT_THAT(status.error_message(), HasSubstr("found ROLE_DECODE with a certificate for expert"));
-  StopSignal stop;
-  stop.Raise();
-  (*router)->WaitAndDrain(stop);
-}
-
-// What each port of a whole router serves, and nothing else.
-TEST(RouterProcess, InternalServicesAreNotOnThePublicPortNorTheOtherWayRound) {
-  auto router = RouterProcess::Start(RouterOnly());
-  ASSERT_TRUE(router.ok()) << router.status();
-  {
-    auto cluster = v1::Cluster::NewStub(MakeChannel((*router)->grpc_address()));
-    grpc::ClientContext context;
-    auto stream = cluster->Join(&context);
-    stream->WritesDone();
-    EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::UNIMPLEMENTED);
-    auto inference = v1::Inference::NewStub(MakeChannel((*router)->control_address()));
-    grpc::ClientContext other;
-    v1::ListModelsResponse models;
-    EXPECT_EQ(inference->ListModels(&other, {}, &models).error_code(), grpc::StatusCode::UNIMPLEMENTED);
-  }
-  StopSignal stop;
-  stop.Raise();
-  (*router)->WaitAndDrain(stop);
 }
 
 }  // namespace

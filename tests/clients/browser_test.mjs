@@ -5,7 +5,7 @@
 // run.py starts the cluster and says where it is in the environment. MILLRACE_SHOTS names a folder for screenshots; the
 // pictures in docs/images were made so.
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { readFileSync, writeSync } from "node:fs";
 import { createRequire } from "node:module";
 import { after, afterEach, before, test } from "node:test";
 
@@ -40,6 +40,8 @@ async function open({ colorScheme = "light", viewport = DESK } = {}) {
   await page.waitForSelector('#readiness[data-state="ready"]');
 }
 
+// run.py ends the router, or starts it again, at our word.
+const turnRouter = (how) => writeSync(Number(process.env.MILLRACE_ROUTER_SWITCH), `${how}\n`);
 const status = async () => (await fetch(URL_)).json();
 const textOf = (selector) => page.textContent(selector);
 
@@ -174,6 +176,42 @@ test("when the router cannot be reached it says so, and recovers", async () => {
   await page.context().setOffline(false);
   await page.waitForSelector('#readiness[data-state="ready"]');
   assert.equal(await page.isVisible("#notice"), false);
+});
+
+test("a router that restarts is found again, and what was on the page is still there", async () => {
+  await open();
+  await page.fill("#prompt", "Spell the word river.");
+  await page.click("#send");
+  await page.waitForFunction(() => document.querySelector("#answer-facts").textContent.includes("first after"));
+  const answer = await textOf("#answer"), up = await textOf("#workers-router .foot");
+  await page.waitForFunction(() => document.querySelector("#requests table"));
+  await page.fill("#prompt", "Half a question");
+  turnRouter("off");
+  await page.waitForSelector('#readiness[data-state="gone"]');
+  assert.match(await textOf("#notice"), /does not answer .* this page goes on asking\. What is shown is as of/);
+  await page.waitForFunction(() => /no answer for [1-9]/.test(document.querySelector("#freshness").textContent));
+  assert.equal(await page.locator("#workers-decode .worker").count(), 2, "what is known stays, and is said to be old");
+  await page.evaluate(axe);
+  const found = await page.evaluate(async () => (await globalThis.axe.run()).violations.map((rule) => rule.id));
+  assert.deepEqual(found, []);
+  if (process.env.MILLRACE_SHOTS) await page.screenshot({ path: `${process.env.MILLRACE_SHOTS}/gone.png`, fullPage: true });
+  // From now on no worker's card may be missing for a moment.
+  await page.evaluate(() => {
+    globalThis.fewest = 2;
+    new MutationObserver(() => {
+      globalThis.fewest = Math.min(globalThis.fewest, document.querySelectorAll("#workers-decode .worker").length);
+    }).observe(document.body, { childList: true, subtree: true });
+  });
+  turnRouter("on");
+  await page.waitForFunction(() => document.querySelector("#readiness").dataset.state === "ready"
+    && [...document.querySelectorAll("#workers-decode .badge")].every((badge) => badge.textContent === "ready"));
+  assert.equal(await page.evaluate(() => globalThis.fewest), 2);
+  assert.equal(await page.isVisible("#notice"), false);
+  assert.equal(await page.getAttribute("#main", "data-stale"), null);
+  assert.notEqual(await textOf("#workers-router .foot"), up);
+  assert.equal(await textOf("#answer"), answer);
+  assert.equal(await page.inputValue("#prompt"), "Half a question");
+  assert.ok(await page.locator("#requests tbody tr").count() > 0);
 });
 
 // Last: it costs a worker.

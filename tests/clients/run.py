@@ -5,8 +5,10 @@ Installs the client if it is not there (install.sh) and starts its suite where i
 when the client cannot be had, which ctest reports as skipped.
 """
 import os
+import signal
 import subprocess
 import sys
+import threading
 
 from case import CACHE, HERE, MODEL, Cluster
 
@@ -30,14 +32,29 @@ def run_node(arguments):
     return status
 
 
+def turn_router(cluster, words):
+    """Ends the router at "off", starts it again at "on", until the suite has closed its end."""
+    for word in words:
+        if word.strip() == "off":
+            cluster.kill("router", signal.SIGTERM)
+            cluster.processes["router"].wait(40)
+        else:
+            cluster.start("router")
+
+
 def run_browser(arguments):
     """The status page in Chromium. Two workers of each role, since one will be drained."""
     with Cluster(prefill=2, decode=2, experts=2) as cluster:
+        read_end, write_end = os.pipe()
+        threading.Thread(target=turn_router, args=(cluster, os.fdopen(read_end)), daemon=True).start()
         environment = dict(os.environ,
                            MILLRACE_BROWSER=os.path.join(CACHE, "browser"),
                            MILLRACE_URL=f"http://127.0.0.1:{cluster.http_port}/",
-                           MILLRACE_OPERATOR_URL=f"http://127.0.0.1:{cluster.operator_port}/")
-        status = subprocess.call(["node", os.path.join(HERE, "browser_test.mjs"), *arguments], env=environment)
+                           MILLRACE_OPERATOR_URL=f"http://127.0.0.1:{cluster.operator_port}/",
+                           MILLRACE_ROUTER_SWITCH=str(write_end))
+        status = subprocess.call(["node", os.path.join(HERE, "browser_test.mjs"), *arguments], env=environment,
+                                 pass_fds=[write_end])
+        os.close(write_end)
         if status == 0:
             cluster.expect_nothing_left()
         else:

@@ -56,10 +56,10 @@ def run_alone(request, numerics=None, extra=()):
 class Cluster:
     def __init__(self, prefill=1, decode=1, experts=1, numerics=None, expert_transport=None, env=None, timers=None,
                  decode_section=None, prefill_section=None, expert_section=None, router_section=None, security=None,
-                 model=MODEL):
+                 transfer=None, model=MODEL):
         self.files = tempfile.TemporaryDirectory(prefix="millrace-test-")  # goes with this object
         self.directory = self.files.name
-        self.http_port, self.operator_port, self.grpc_port, control = (free_port() for _ in range(4))
+        self.http_port, self.operator_port, self.grpc_port, self.control_port = (free_port() for _ in range(4))
         model = {"path": model, "id": "demo"}
         if numerics:
             model["numerics"] = numerics
@@ -78,15 +78,15 @@ class Cluster:
                 "http_listen": f"127.0.0.1:{self.http_port}",
                 "operator_listen": f"127.0.0.1:{self.operator_port}",
                 "grpc_listen": f"127.0.0.1:{self.grpc_port}",
-                "control_listen": f"127.0.0.1:{control}",
+                "control_listen": f"127.0.0.1:{self.control_port}",
                 **(router_section or {}),
             },
             # The defaults are for machines that serve; one that runs tests may stand still for seconds.
             "timers": {"expert_timeout_ms": 5000, "watchdog_ms": 10000, **(timers or {})},
             **sections,
         }
-        if expert_transport:
-            config["transfer"] = {"expert_transport": expert_transport}
+        if expert_transport or transfer:
+            config["transfer"] = {**(transfer or {}), **({"expert_transport": expert_transport} if expert_transport else {})}
         if security:
             config["security"] = security
         self.config_path = os.path.join(self.directory, "cluster.json")

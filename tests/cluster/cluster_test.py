@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -627,6 +628,45 @@ class Up(unittest.TestCase):
             self.assertIn("decode-0 ended (killed by SIGKILL)", text())
         finally:
             up.kill()
+
+    def test_junk_at_the_block_port_costs_a_restart_at_most(self):
+        # Debian's UCX ends the process that gets it (an assertion of its connection manager); newer ones drop it.
+        cluster = Cluster(experts=0)
+        told = os.path.join(cluster.directory, "up.log")
+        with open(told, "w") as log:
+            up = subprocess.Popen(self.config(cluster), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            wait_until(lambda: "Ready in" in open(told).read(), "ready")
+            first = {worker["name"]: worker["incarnation"] for worker in cluster.status()["workers"]}
+            stream = cluster.stream("/v1/completions", completion(300, max_tokens=800))
+            events = stream.events()
+            next(events)
+            pid = child_of(up.pid, "decode-0")
+            lines = subprocess.run(["ss", "-Hltnp"], capture_output=True, check=True, text=True).stdout.splitlines()
+            ports = [int(line.split()[3].rsplit(":", 1)[1]) for line in lines if f"pid={pid}," in line]
+            self.assertGreater(len(ports), 1)
+            for port in ports:
+                try:
+                    with socket.create_connection(("127.0.0.1", port), timeout=5) as junk:
+                        junk.sendall(bytes(64))
+                except OSError:  # it was gone before its last port's turn
+                    pass
+            last = list(events)[-1]  # never stuck: it goes on elsewhere, or ends in words
+            self.assertTrue(last == "[DONE]" or "error" in last, last)
+            self.assertIsNone(up.poll())
+            with open(told) as log:
+                died = "decode-0 ended (killed by SIGABRT)" in log.read()
+            wait_until(lambda: cluster.ready() and all(
+                (worker["incarnation"] != first["decode-0"]) == died
+                for worker in cluster.status()["workers"] if worker["name"] == "decode-0"), "decode-0 serving")
+            status, reply = cluster.post("/v1/completions", completion(128))
+            self.assertEqual(status, 200, reply)
+        finally:
+            up.send_signal(signal.SIGINT)
+            try:
+                self.assertEqual(up.wait(PATIENCE), 0, open(told).read())
+            finally:
+                up.kill()
 
     def test_a_bad_model_ends_it_with_65_and_the_reason(self):
         cluster = Cluster(experts=0)

@@ -13,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import tempfile
+import threading
 import unittest
 
 from cluster import BINARY, PATIENCE, ROOT, Cluster, Stream, wait_until
@@ -157,6 +158,127 @@ class Tls(SecurityCase):
             self.assertIn('decode-0: worker.listen: found "0.0.0.0:0" without security.tls', done.stderr)
 
 
+class Memory(SecurityCase):
+    def owner_of_its_memory(self, *options):
+        """Who may look into a router of an ordinary user: that user, or root alone."""
+        user = 65534 if os.geteuid() == 0 else os.geteuid()
+        with open(os.path.join(ROOT, "deploy/demo/cluster.json")) as source:
+            document = json.load(source)
+        document["model"]["path"] = os.path.join(ROOT, "deploy/demo/model")
+        document["router"] = {f"{port}_listen": "127.0.0.1:0" for port in ("http", "operator", "grpc", "control")}
+        path = os.path.join(self.directory, "cluster.json")
+        with open(path, "w") as out:
+            json.dump(document, out)
+        os.chmod(self.directory, 0o755)
+        log = os.path.join(self.directory, "router.log")
+        with open(log, "wb") as out:
+            router = subprocess.Popen([BINARY, "router", "--config", path, *options], stdout=out, stderr=out, user=user)
+        try:
+            wait_until(lambda: "router ready" in open(log).read() or router.poll() is not None, "the router")
+            self.assertIsNone(router.poll(), open(log).read())
+            return os.stat(f"/proc/{router.pid}/mem").st_uid, user, open(log).read()
+        finally:
+            router.kill()
+            router.wait()
+
+    def test_what_requests_say_is_in_no_core_dump_and_no_other_process_reads_it(self):
+        # The kernel gives the files of a process that may not be dumped to root.
+        owner, user, said = self.owner_of_its_memory()
+        self.assertEqual(owner, 0)
+        self.assertNotIn("core dump", said)
+        owner, user, said = self.owner_of_its_memory("--core-dumps")
+        self.assertEqual(owner, user)
+        self.assertIn("core dump", said)
+
+
+class Wire:
+    """Hears the loopback interface while it is open: which marks went over which pair of TCP ports."""
+
+    MARKS = {b"MRXT": "block header", b"MXRW": "expert header", b"MRSL": "seal", bytes(512): "zeros"}
+
+    def __enter__(self):
+        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))  # IPv4
+        self.socket.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
+        self.socket.bind(("lo", 0))
+        self.socket.settimeout(0.2)
+        self.heard, self.over = {}, False
+        self.thread = threading.Thread(target=self.hear)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over = True
+        self.thread.join()
+        self.socket.close()
+
+    def hear(self):
+        while not self.over:
+            try:
+                frame = self.socket.recv(1 << 17)
+            except TimeoutError:
+                continue
+            ip = frame[14:]
+            if len(ip) < 40 or ip[9] != socket.IPPROTO_TCP:
+                continue
+            tcp = ip[4 * (ip[0] & 15):]
+            ports = int.from_bytes(tcp[:2], "big"), int.from_bytes(tcp[2:4], "big")
+            for mark, name in self.MARKS.items():
+                if mark in tcp:
+                    self.heard.setdefault(ports, set()).add(name)
+
+    def among(self, ports):
+        return set().union(*(marks for pair, marks in self.heard.items() if ports & set(pair)))
+
+
+class Sealed(SecurityCase):
+    def ports(self, cluster):
+        """Local TCP ports of the workers: machines that run tests have other clusters on the same interface."""
+        lines = subprocess.run(["ss", "-Htanp"], capture_output=True, check=True, text=True).stdout.splitlines()
+        pids = [f"pid={process.pid}," for name, process in cluster.processes.items() if name != "router"]
+        return {int(line.split()[3].rsplit(":", 1)[1]) for line in lines if any(pid in line for pid in pids)}
+
+    def heard(self, **options):
+        with Cluster(experts=2, security={"tls": make_certificates(self.directory)}, **options) as cluster:
+            with Wire() as wire:
+                for length in (1, 128, 300):
+                    self.assert_same_bits(cluster, completion(length))
+                ports = self.ports(cluster)
+            cluster.expect_nothing_left()
+        return wire.among(ports)
+
+    def test_the_same_bits_and_nothing_that_can_be_read(self):
+        try:
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close()
+        except PermissionError:
+            self.skipTest("NOT TESTED: hearing the interface needs CAP_NET_RAW")
+        # The control: what a listener on the wire finds when nothing is sealed.
+        self.assertEqual(self.heard(), {"block header", "expert header", "zeros"})
+        self.assertEqual(self.heard(transfer={"seal": True}), {"seal"})
+
+    def test_a_worker_that_does_not_seal_is_not_paired(self):
+        with Cluster(experts=0, transfer={"seal": True}) as cluster:
+            with open(cluster.config_path) as source:
+                document = json.load(source)
+            document["transfer"] = {"seal": False}
+            document["decode"][0]["worker"]["name"] = "plain"
+            path = os.path.join(self.directory, "plain.json")
+            with open(path, "w") as out:
+                json.dump(document, out)
+            with open(os.path.join(self.directory, "plain.log"), "wb") as log:
+                plain = subprocess.Popen([BINARY, "decode", "--config", path, "--name", "plain"], stdout=log, stderr=log)
+            try:
+                workers = lambda: {worker["name"]: worker for worker in cluster.status()["workers"]}
+                wait_until(lambda: workers().get("plain", {}).get("state") == "ready", "the plain worker")
+                self.assertRegex(workers()["decode-0"]["compat_hash"], r"^w\d+-sealed-[0-9a-f]{16}$")
+                self.assertNotIn("sealed", workers()["plain"]["compat_hash"])
+                cluster.kill("decode-0")
+                status, reply = cluster.post("/v1/completions", completion(3))
+                self.assertEqual(status, 503, reply)
+            finally:
+                plain.send_signal(signal.SIGTERM)
+                plain.wait(40)
+
+
 def new_key(tenant):
     """A key and its digest, as `millrace key` gives them."""
     lines = subprocess.run([BINARY, "key", "--tenant", tenant], capture_output=True, check=True, text=True).stdout
@@ -223,6 +345,37 @@ class Keys(SecurityCase):
             drain = lambda key: self.call(cluster, "POST", "/workers/nobody/drain", {}, key, cluster.operator_port)[0]
             self.assertEqual((drain(None), drain(alpha), drain(ops)), (401, 401, 404))
             self.assertEqual(self.call(cluster, "GET", "/metrics", port=cluster.operator_port)[0], 200)
+
+    def test_our_own_operator_commands_bring_a_key(self):
+        self.write(self.tenant("alpha"), self.tenant("ops", may_operate=True))
+        key_file = os.path.join(self.directory, "ops.key")
+        with open(key_file, "w") as out:
+            out.write(self.keys["ops"][0] + "\n")
+        with Cluster(experts=0, security={"api_keys_file": self.path}) as cluster:
+            def command(*arguments, key=None):
+                environment = {name: value for name, value in os.environ.items() if name != "MILLRACE_OPERATOR_KEY"}
+                return subprocess.run([BINARY, *arguments, "--operator", f"127.0.0.1:{cluster.operator_port}"],
+                                      env=environment | ({"MILLRACE_OPERATOR_KEY": key} if key else {}),
+                                      capture_output=True, text=True, timeout=PATIENCE)
+
+            # What only looks needs none, and takes one.
+            for arguments in (("top", "--count", "1"), ("explain",), ("top", "--count", "1", "--api-key-file", key_file)):
+                done = command(*arguments)
+                self.assertEqual(done.returncode, 0, done.stderr)
+            for done in (command("drain", "decode-0"), command("drain", "decode-0", key=self.keys["alpha"][0])):
+                self.assertEqual(done.returncode, 69)
+                self.assertIn("--api-key-file FILE, or MILLRACE_OPERATOR_KEY", done.stderr)
+                self.assertNotIn("mr-", done.stderr)
+            self.assertEqual(command("drain", "nobody", key=self.keys["ops"][0]).returncode, 64)
+            self.assertEqual(command("drain", "decode-0", key="two words").returncode, 78)
+            done = command("drain", "decode-0", "--api-key-file", key_file)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("decode-0 has left", done.stdout)
+            self.assertEqual(cluster.processes["decode-0"].wait(PATIENCE), 0)
+            cluster.start("decode-0")
+            cluster.wait_ready()
+            done = command("drain", "decode-0", "--no-wait", key=self.keys["ops"][0])
+            self.assertEqual((done.returncode, done.stdout), (0, "decode-0 has been asked to drain\n"), done.stderr)
 
     def test_no_body_is_read_of_a_stranger(self):
         self.write(self.tenant("alpha"))

@@ -97,6 +97,26 @@ TEST_P(StateTransfer, ExtentsDependOnNothingButTheLength) {
   }
 }
 
+TEST_P(StateTransfer, NothingOfAnEarlierOwnerIsInANewSequence) {
+  const auto max_tokens = static_cast<int64_t>(tokens_.size());
+  const SequenceId earlier = *target_->NewSequence(max_tokens);
+  const std::vector<CacheExtent> before = target_->Extents(earlier, max_tokens);
+  for (const CacheExtent& extent : before) FillExtent(*target_, extent, 0xff);
+  target_->Release(earlier);
+  const std::vector<CacheExtent> after = target_->Extents(*target_->NewSequence(max_tokens), max_tokens);
+  ASSERT_EQ(after.size(), before.size());
+  for (size_t i = 0; i < after.size(); ++i) {
+    ASSERT_EQ(after[i].data, before[i].data) << "the same memory";
+    std::vector<uint8_t> bytes(after[i].bytes, 0xff);
+    if (target_->options().device == DeviceKind::kCuda) {
+      ASSERT_TRUE(CopyFromDevice(bytes.data(), after[i].data, after[i].bytes).ok());
+    } else {
+      std::memcpy(bytes.data(), after[i].data, bytes.size());
+    }
+    ASSERT_EQ(std::count(bytes.begin(), bytes.end(), 0), after[i].bytes) << "extent " << i;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, StateTransfer, testing::ValuesIn(kSubjects),
                          [](const auto& param_info) { return param_info.param.name; });
 INSTANTIATE_TEST_SUITE_P(Cuda, StateTransfer, testing::ValuesIn(kCudaSubjects),

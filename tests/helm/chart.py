@@ -14,7 +14,7 @@ import yaml
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CHART = os.path.join(ROOT, "helm/millrace")
-TOOLS = os.path.join(ROOT, ".cache/kubernetes")
+TOOLS = os.environ.get("MILLRACE_TOOLS", os.path.join(ROOT, ".cache/kubernetes"))
 HELM = os.path.join(TOOLS, "bin/helm")
 RELEASE, NAMESPACE = "millrace", "serving"
 RENDERED = {}
@@ -117,6 +117,7 @@ def main(lacking=None):
     if lacking is None:
         lacking = "" if os.path.exists(HELM) else "helm"
     if lacking:
-        print(f"SKIPPED, NOT TESTED: missing here: {lacking} (tests/helm/tools.sh builds what it can)", flush=True)
+        name = os.path.basename(sys.argv[0])
+        print(f"SKIPPED, NOT TESTED: {name}: missing here: {lacking} (tests/helm/tools.sh builds what it can)", flush=True)
         sys.exit(77)
     unittest.main(module="__main__", verbosity=2)

@@ -2,7 +2,7 @@
 """The chart in a real control plane: admitted, installed, tested, scaled, upgraded, rolled back, uninstalled, by Helm.
 
 The namespace enforces the "restricted" Pod Security Standard. Containers do not run here; that what they would run
-works is process_test.py. Needs `tools.sh kubernetes`; tests/run.sh --kubernetes builds it.
+works is process_test.py. Needs `tools.sh kubernetes`, which tests/run.sh asks for.
 """
 import glob
 import os

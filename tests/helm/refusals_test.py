@@ -4,10 +4,13 @@
 Tests are named after what an operator gets wrong. Each asserts the field that the message names, and what to write.
 """
 import os
+import re
+import shlex
+import subprocess
 import tempfile
 import unittest
 
-from chart import CHART, OPEN, Rendered, helm, main, refusal, template
+from chart import CHART, OPEN, ROOT, Rendered, helm, main, refusal, template, values_files
 
 
 class Refusals(unittest.TestCase):
@@ -60,7 +63,11 @@ class Refusals(unittest.TestCase):
         self.refused({}, "auth.existingSecret: found nothing", "--set tls.enabled=false,allowInsecure=true",
                      insecure=False)
         self.refused({"auth": {"existingSecret": "keys"}, "transfer": {"listen_address": "0.0.0.0"}},
-                     "transfer.listen_address", insecure=False)
+                     "transfer.listen_address", "--set transfer.seal=true", insecure=False)
+        self.refused({"transfer": {"seal": True}, "tls": {"enabled": False}}, "transfer.seal: found true")
+        sealed = Rendered({"auth": {"existingSecret": "keys"}, "tls": {"enabled": True}, "allowInsecure": False,
+                           "transfer": {"listen_address": "0.0.0.0", "seal": True}})
+        self.assertIs(sealed.document()["transfer"]["seal"], True)
         self.refused({"tls": {"enabled": True, "certManager": {"enabled": True}}}, "tls.certManager.issuerRef.name")
 
     def test_a_secret_in_the_values_is_refused(self):
@@ -150,6 +157,23 @@ class Refusals(unittest.TestCase):
                 done = helm("template", "r", CHART, "--values", values.name, check=False, timeout=60)
                 self.assertNotEqual(done.returncode, 0)
                 self.assertIn(words, done.stderr)
+
+    def test_a_key_written_twice_is_found_by_the_command_that_the_runbook_names(self):
+        # Helm takes the last of the two and no template sees the first: it has to be looked for before. The binary
+        # refuses such a document, but what Helm renders has each key once.
+        with open(os.path.join(ROOT, "docs/operations.md")) as source:
+            command = shlex.split(re.search(r"^ {4}(yamllint .*) VALUES$", source.read(), re.M).group(1))
+        for path in [os.path.join(CHART, "values.yaml"), *values_files().values()]:
+            done = subprocess.run([*command, path], capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stdout), (0, ""))
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as values:
+            values.write("decode:\n  replicas: 2\n  replicas: 3\n")
+            values.flush()
+            done = subprocess.run([*command, values.name], capture_output=True, text=True)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn('duplication of key "replicas"', done.stdout)
+            rendered = Rendered(OPEN, files=[values.name])
+        self.assertEqual(rendered.workload("decode")["spec"]["replicas"], 3)
 
     def test_a_document_over_its_limit_is_refused(self):
         many = {role: {"replicas": 1000} for role in ("prefill", "decode", "expert")}

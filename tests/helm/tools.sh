@@ -3,11 +3,13 @@
 # Builds the programs that check the chart, once, into .cache/kubernetes: real Helm, a real control plane, real schemas.
 #
 # Everything comes from Go modules at pinned versions and from Debian; no image and no prebuilt binary of the projects
-# is needed. A stamp says what a folder was made from, so a second call costs nothing. Figures: two cores, nothing cached.
+# is needed. A stamp says what a folder was made from, so a second call costs nothing and needs no Go. Figures: two
+# cores, nothing cached. MILLRACE_TOOLS names another folder, here and to the tests.
 #
 #   tests/helm/tools.sh chart        helm, kubeconform, schemas of every kind the chart renders (1 minute)
 #   tests/helm/tools.sh kubernetes   the above, etcd, kube-apiserver, its controllers and scheduler, kwok (5 minutes more)
 #   tests/helm/tools.sh prometheus   promtool and prometheus, unpacked from Debian's package and not installed
+#   tests/helm/tools.sh dashboards   a reader of dashboards with Grafana's own types (1 minute)
 #   tests/helm/tools.sh collector    the OpenTelemetry Collector, with OTLP in and out (1 minute)
 #
 # Exit status: 0 done, 3 this machine cannot (no Go, no network): the tests that need them are skipped and say so.
@@ -22,7 +24,7 @@ PROMETHEUS_OPERATOR=v0.85.0
 GATEWAY_API=v1.4.0
 KEDA=v2.16.1
 
-CACHE="$PWD/.cache/kubernetes"
+CACHE="${MILLRACE_TOOLS:-$PWD/.cache/kubernetes}"
 export GOBIN="$CACHE/bin" GOFLAGS=-buildvcs=false GOTOOLCHAIN=local
 
 main() {
@@ -34,8 +36,9 @@ main() {
       chart) chart ;;
       kubernetes) chart; kubernetes ;;
       prometheus) prometheus ;;
+      dashboards) dashboards ;;
       collector) collector ;;
-      *) sed -n '8,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+      *) sed -n '9,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
     esac
   done
 }
@@ -59,6 +62,7 @@ once() {
   local name="$1" version="$2" stamp="$CACHE/stamps/$1" log="$CACHE/$1.log"
   shift 2
   if [[ -f "$stamp" && "$(cat "$stamp")" == "$version" ]]; then return; fi
+  [[ "$name" == prometheus ]] || need_go
   mkdir -p "$CACHE/stamps" "$CACHE/bin"
   echo "tools: $name $version"
   if ! ("$@") > "$log" 2>&1; then
@@ -71,7 +75,6 @@ once() {
 digest() { cat "$@" | sha256sum | head -c 12; }
 
 chart() {
-  need_go
   # A Helm of modules knows no Kubernetes version; without one it takes 1.20 and refuses every current chart.
   local minor="${KUBERNETES#v1.}" version=helm.sh/helm/v3/pkg/chartutil.k8sVersion
   once helm "$HELM" go install -trimpath -ldflags "-s -w -X ${version}Major=1 -X ${version}Minor=${minor%%.*}" \
@@ -124,8 +127,16 @@ control_plane() {
     -o "$GOBIN/" ./etcd ./kube-apiserver ./kube-controller-manager ./kube-scheduler
 }
 
+dashboards() {
+  once dashboards "$(digest tests/helm/dashboards/go.* tests/helm/dashboards/main.go)" build_dashboards
+}
+
+build_dashboards() {
+  cd tests/helm/dashboards
+  go build -trimpath -ldflags "-s -w" -o "$GOBIN/grafana-check" .
+}
+
 collector() {
-  need_go
   once collector "$(digest tests/cluster/collector/go.* tests/cluster/collector/main.go)" build_collector
 }
 

@@ -38,8 +38,11 @@ for millrace.validate first, because Helm renders them in an order of its own an
 {{- if not (or $values.auth.existingSecret $values.allowInsecure) -}}
 {{- include "millrace.problem" (dict "check" . "text" "auth.existingSecret: found nothing: whoever reaches a port could use it and drain workers; name a Secret with keys.json (millrace key makes a key), or for a demo write --set tls.enabled=false,allowInsecure=true") -}}
 {{- end -}}
-{{- if and (not $values.allowInsecure) (has $values.transfer.listen_address (list "" "0.0.0.0" "::")) -}}
-{{- include "millrace.problem" (dict "check" . "text" "transfer.listen_address: found every interface, allowed the one that only workers share, such as eth0 or net1: blocks are not encrypted; or write --set allowInsecure=true") -}}
+{{- if and $values.transfer.seal (not $values.tls.enabled) -}}
+{{- include "millrace.problem" (dict "check" . "text" "transfer.seal: found true with tls.enabled false: the keys of the seal are agreed on over TLS and would be anybody's; leave tls.enabled true, or transfer.seal false") -}}
+{{- end -}}
+{{- if and (not $values.allowInsecure) (not $values.transfer.seal) (has $values.transfer.listen_address (list "" "0.0.0.0" "::")) -}}
+{{- include "millrace.problem" (dict "check" . "text" "transfer.listen_address: found every interface, allowed the one that only workers share, such as eth0 or net1: blocks are not sealed; or write --set transfer.seal=true, or allowInsecure=true") -}}
 {{- end -}}
 {{- if and $values.tls.certManager.enabled (not $values.tls.certManager.issuerRef.name) -}}
 {{- include "millrace.problem" (dict "check" . "text" "tls.certManager.issuerRef.name: found nothing, wanted an issuer that signs for this release") -}}

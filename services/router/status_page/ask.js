@@ -2,7 +2,7 @@
 // The prompt: sends it as a chat request to this very origin, and shows the answer as it comes.
 //
 // The operator's port serves the same completions as the public one, so that no other origin need be allowed anything.
-import { element } from "./dom.js";
+import { element, jsonHeaders } from "./dom.js";
 
 // Yields the data of each server-sent event.
 async function* events(body) {
@@ -47,11 +47,9 @@ async function ask(parts, signal) {
   const answer = new Answer(parts.answer);
   const started = performance.now();
   let first = 0, tokens = 0, requestId = "";
-  const headers = { "Content-Type": "application/json" };
-  if (parts.key.value) headers.Authorization = `Bearer ${parts.key.value}`;
   try {
     const reply = await fetch("/v1/chat/completions", {
-      method: "POST", headers, signal,
+      method: "POST", headers: jsonHeaders(parts.key), signal,
       body: JSON.stringify({
         model: parts.model(), stream: true, stream_options: { include_usage: true },
         max_tokens: Number(parts.maxTokens.value) || 256,
@@ -79,7 +77,9 @@ async function ask(parts, signal) {
     }
     if (!whole) throw new Error("the answer was cut off");
   } catch (error) {
-    answer.add("error", error.name === "AbortError" ? "\n(stopped)" : `\n${error.message}`);
+    // A TypeError is what fetch and its streams throw when the connection breaks.
+    const broke = error instanceof TypeError ? `The connection to the router broke (${error.message}).` : error.message;
+    answer.add("error", error.name === "AbortError" ? "\n(stopped)" : `\n${broke}`);
   }
   parts.facts.textContent = describe(started, first, tokens, requestId);
 }

@@ -14,6 +14,11 @@ export function setText(node, text) {
   if (node.textContent !== String(text)) node.textContent = text;
 }
 
+// Of a POST; `key` is the field for an API key, which may be empty.
+export function jsonHeaders(key) {
+  return { "Content-Type": "application/json", ...(key.value ? { Authorization: `Bearer ${key.value}` } : {}) };
+}
+
 // A bar beside a figure that says the same, hence hidden from who cannot see it. Its width is set by the object model,
 // which a strict content policy allows and a style attribute does not.
 export function bar() {

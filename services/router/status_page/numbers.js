@@ -25,15 +25,20 @@ class Figure {
     list.append(box);
   }
 
-  set(text, sample) {
+  // Without a sample the line has a gap there.
+  set(text, sample = null) {
     setText(this.value, text);
-    if (!this.samples || sample === undefined) return;
+    this.add(sample);
+  }
+
+  add(sample) {
+    if (!this.samples) return;
     this.samples.push(sample);
     if (this.samples.length > kSamples) this.samples.shift();
     const top = Math.max(1, ...this.samples);
     const from = kSamples - this.samples.length;
-    this.path.setAttribute("d", this.samples.map((value, i) =>
-      `${i ? "L" : "M"}${from + i} ${(28 - 26 * value / top).toFixed(1)}`).join(""));
+    this.path.setAttribute("d", this.samples.map((value, i) => (value === null ? ""
+      : `${(this.samples[i - 1] ?? null) === null ? "M" : "L"}${from + i} ${(28 - 26 * value / top).toFixed(1)}`)).join(""));
   }
 }
 
@@ -47,6 +52,11 @@ export class Numbers {
     this.busy = new Figure(list, "Workers ready", "", false);
   }
 
+  // A second of which nothing is known: the figures stay, the lines do not go on as if it had been seen.
+  skip() {
+    for (const figure of [this.out, this.in, this.running, this.queued, this.pages]) figure.add(null);
+  }
+
   // `rates`: tokens a second by worker name, empty at the first answer.
   show(status, rates) {
     const { workers, open_generations: open, queued_generations: queued } = status.cluster;
@@ -56,6 +66,9 @@ export class Numbers {
     if (rates.size > 0) {
       this.out.set(humanCount(rate("decode")), rate("decode"));
       this.in.set(humanCount(rate("prefill")), rate("prefill"));
+    } else {
+      this.out.set("–");
+      this.in.set("–");
     }
     this.running.set(open - queued, open - queued);
     this.queued.set(queued, queued);

@@ -2,10 +2,12 @@
 // The status page: asks the router once a second who is there, and hands the answer to the parts of the page.
 //
 // One request at a time, none while the page is hidden. What it shows is the JSON that `curl` gets from the same
-// address; rates are differences of counters between two answers, taken here. The parts: numbers.js (what the whole
+// address; rates are differences of counters between two answers, taken here. While nobody answers, it keeps what it
+// has, says how old that is, and goes on asking: a router that restarts is found again without a reload. The parts: numbers.js (what the whole
 // does), workers.js (who is there), tables.js (cache and experts), requests.js (the last ones, explained), ask.js (the
 // prompt).
 import { startAsking } from "./ask.js";
+import { humanDuration, setText } from "./dom.js";
 import { Numbers } from "./numbers.js";
 import { Requests } from "./requests.js";
 import { showCache, showExperts } from "./tables.js";
@@ -20,13 +22,20 @@ const requests = new Requests({
   list: byId("requests"), dialog: byId("explain-dialog"), title: byId("explain-title"), facts: byId("explain-facts"),
   phases: byId("explain-phases"),
 });
-const workers = new Workers(byId("drain-dialog"), byId("drain-name"), complain);
-let lastAnswer = 0;
+const workers = new Workers({
+  dialog: byId("drain-dialog"), dialogName: byId("drain-name"), key: byId("key"), keyRow: byId("key-row"),
+  complain: (text) => say(byId("trouble"), text),
+});
+let lastAnswer = 0; // 0: none yet
+let silentSince = 0; // 0: it answers
 
-function complain(text) {
-  byId("notice").textContent = text;
-  byId("notice").hidden = !text;
+// In an alert: said once, not every second.
+function say(box, text) {
+  setText(box, text);
+  box.hidden = !text;
 }
+
+const clock = (ms) => new Date(ms).toLocaleTimeString();
 
 function setReadiness(state, text) {
   const badge = byId("readiness");
@@ -41,11 +50,28 @@ function show(status) {
   byId("version").textContent = status.version;
   document.title = `${status.ready ? "" : "not ready · "}${status.model} · millrace`;
   setReadiness(status.ready ? "ready" : "waiting", status.ready ? "ready" : "not ready");
-  complain(status.ready ? "" : `Not ready: ${status.why_not_ready}.`);
+  say(byId("notice"), status.ready ? "" : `Not ready: ${status.why_not_ready}.`);
   const rates = workers.show(status, now);
   numbers.show(status, rates, now);
   showCache(byId("cache"), status);
   showExperts(byId("experts"), status);
+}
+
+function showAnswered() {
+  lastAnswer = Date.now();
+  silentSince = 0;
+  delete byId("main").dataset.stale;
+  setText(byId("freshness"), `as of ${clock(lastAnswer)}`);
+}
+
+function showSilence(error) {
+  silentSince ||= Date.now();
+  setReadiness("gone", "no answer");
+  byId("main").dataset.stale = "";
+  numbers.skip();
+  const shown = lastAnswer ? ` What is shown is as of ${clock(lastAnswer)}.` : "";
+  say(byId("notice"), `The router does not answer (${error.message}); this page goes on asking.${shown}`);
+  setText(byId("freshness"), `no answer for ${humanDuration(Date.now() - silentSince)}`);
 }
 
 async function ask() {
@@ -56,11 +82,9 @@ async function ask() {
     if (!reply.ok) throw new Error(`the router answered ${reply.status}`);
     show(await reply.json());
     await requests.update();
-    lastAnswer = Date.now();
-    byId("freshness").textContent = `as of ${new Date(lastAnswer).toLocaleTimeString()}`;
+    showAnswered();
   } catch (error) {
-    setReadiness("gone", "no answer");
-    complain(`The router does not answer (${error.message}). What is shown is old.`);
+    showSilence(error);
   }
 }
 

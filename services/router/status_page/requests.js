@@ -39,6 +39,8 @@ export class Requests {
     const now = JSON.stringify(shown.map((request) => [request.request_id, request.state]));
     if (now === this.known) return;
     this.known = now;
+    // A router that has just started knows of none; those of the one before are what there is to see.
+    if (shown.length === 0 && this.parts.list.querySelector("table")) return;
     if (shown.length === 0) {
       this.parts.list.replaceChildren(element("p", { class: "quiet" }, "None yet."));
       return;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Who is in the cluster: one card for each process, made once and then only changed, so that focus stays where it is.
-import { bar, element, humanBytes, humanCount, humanDuration, humanPass, setText } from "./dom.js";
+import { bar, element, humanBytes, humanCount, humanDuration, humanPass, jsonHeaders, setText } from "./dom.js";
+
+// A router that has started again hears of its workers when they have dialled: until then they are away, not gone.
+const kRejoinS = 15;
 
 class Card {
   constructor(list, name, onDrain) {
@@ -27,7 +30,7 @@ class Card {
     }
     setText(this.detail, detail);
     this.detail.hidden = !detail;
-    if (this.drain) this.drain.hidden = state === "draining";
+    if (this.drain) this.drain.hidden = state === "draining" || state === "away";
   }
 
   // Rows are kept by title; `share` draws a bar under it.
@@ -49,12 +52,14 @@ class Card {
 }
 
 export class Workers {
-  constructor(dialog, dialogName, complain) {
-    this.dialog = dialog;
-    this.dialogName = dialogName;
-    this.complain = complain;
+  // parts: dialog, dialogName, key, keyRow, complain.
+  constructor(parts) {
+    Object.assign(this, parts);
+    const { dialog, dialogName } = parts;
     this.cards = new Map(); // by incarnation
     this.last = new Map();  // counters of the answer before, by incarnation
+    this.routerUpMs = 0;
+    this.rejoinUntil = 0;
     dialog.addEventListener("close", () => {
       if (dialog.returnValue === "yes") this.drain(dialogName.textContent);
     });
@@ -64,6 +69,8 @@ export class Workers {
   show(status, now) {
     const rates = new Map();
     const seen = new Set(["router"]);
+    if (status.uptime_ms < this.routerUpMs) this.rejoinUntil = now + kRejoinS;
+    this.routerUpMs = status.uptime_ms;
     this.showRouter(status);
     const rows = status.cluster.workers.reduce((sum, one) => sum + (one.role === "expert" ? one.tokens_total : 0), 0);
     for (const worker of status.cluster.workers) {
@@ -76,6 +83,10 @@ export class Workers {
     }
     for (const [id, card] of this.cards) {
       if (seen.has(id)) continue;
+      if (now < this.rejoinUntil) {
+        card.setState("away", "not back yet since the router started again");
+        continue;
+      }
       card.node.remove();
       this.cards.delete(id);
       this.last.delete(id);
@@ -131,11 +142,14 @@ export class Workers {
     }
   }
 
+  // With keys configured it takes an operator's; the prompt's field for one serves both.
   async drain(name) {
+    this.complain("");
     try {
       const reply = await fetch(`/workers/${encodeURIComponent(name)}/drain`, {
-        method: "POST", headers: { "Content-Type": "application/json" }, body: "{}",
+        method: "POST", headers: jsonHeaders(this.key), body: "{}",
       });
+      if (reply.status === 401) this.keyRow.hidden = false;
       if (!reply.ok) throw new Error((await reply.json()).error?.message ?? reply.status);
     } catch (error) {
       this.complain(`${name} was not drained: ${error.message}`);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // JSON with limits: see strict_json.h.
-#include "engine/model/strict_json.h"
+#include "engine/strict_json.h"
 
 #include <utility>
 
@@ -98,21 +98,29 @@ bool StrictSaxHandler::Leave() {
 }
 
 bool StrictSaxHandler::parse_error(size_t position, const std::string&, const nlohmann::detail::exception& error) {
-  syntax_error_ = true;
-  offset_ = position;
   // "[json.exception.parse_error.101] parse error at line 1, column 2: syntax error ...": keep what follows the place.
   std::string_view reason = error.what();
   if (size_t at = reason.find("] "); at != std::string_view::npos) reason.remove_prefix(at + 2);
   if (size_t at = reason.find(": "); at != std::string_view::npos) reason.remove_prefix(at + 2);
-  return Fail(std::string(reason.substr(0, 200)));
+  return FailSyntax(position, std::string(reason.substr(0, 200)));
+}
+
+bool StrictSaxHandler::FailSyntax(size_t offset, std::string why) {
+  syntax_error_ = true;
+  offset_ = offset;
+  return Fail(std::move(why));
+}
+
+bool ReadJsonEvents(std::string_view text, StrictSaxHandler& handler) {
+  if (const size_t nul = text.find('\0'); nul != std::string_view::npos) {
+    return handler.FailSyntax(nul, "found a NUL byte");
+  }
+  return nlohmann::json::sax_parse(text.begin(), text.end(), &handler);
 }
 
 absl::Status ParseJsonEvents(std::string_view text, const std::string& file, const std::string& what,
                              StrictSaxHandler& handler) {
-  if (size_t nul = text.find('\0'); nul != std::string_view::npos) {
-    return absl::InvalidArgumentError(absl::StrCat(file, ": invalid ", what, " at offset ", nul, ": found a NUL byte"));
-  }
-  if (nlohmann::json::sax_parse(text.begin(), text.end(), &handler)) return absl::OkStatus();
+  if (ReadJsonEvents(text, handler)) return absl::OkStatus();
   const std::string reason = absl::StrReplaceAll(handler.error(), {{"\n", " "}, {"\r", " "}});
   if (handler.syntax_error()) {
     return absl::InvalidArgumentError(

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// JSON from files we did not write: nlohmann's parser behind limits it does not have itself.
+// JSON that we did not write: nlohmann's parser behind limits it does not have itself. The engine's one reader.
 //
-// Refuses what the grammar allows but no honest model file has: deep nesting, repeated keys, long strings, too many
-// values, NUL bytes (the parser would take one for the end of the text). Two ways in: a tree for small files, and a
-// handler base for tables too large to hold twice (safetensors headers, shard indexes). Nothing throws.
-// Thread: pure functions.
+// Refuses what the grammar allows but no honest text has: deep nesting, long strings, too many values, NUL bytes (the
+// parser would take one for the end of the text). Three ways in: a tree for small files, without repeated keys; a
+// handler base for tables too large to hold twice (safetensors headers); and text/python_json, a handler that keeps
+// what Python keeps. tokenizer.json is simdjson's, request bodies are services/router/json_reader's (docs/adr/0007).
+// Nothing throws. Thread: pure functions.
 #pragma once
 
 #include <cstddef>
@@ -42,6 +43,7 @@ class StrictSaxHandler : public nlohmann::json_sax<nlohmann::json> {
   bool start_array(size_t) override { return Fail("found an array"); }
   bool end_array() override { return Fail("found the end of an array"); }
   bool parse_error(size_t position, const std::string& last_token, const nlohmann::detail::exception& error) override;
+  bool FailSyntax(size_t offset, std::string why);
 
   // Empty while all is well. `syntax_error` says that the text is not JSON, with `offset` where it stops being so.
   const std::string& error() const { return error_; }
@@ -63,7 +65,11 @@ class StrictSaxHandler : public nlohmann::json_sax<nlohmann::json> {
   size_t offset_ = 0;
 };
 
-// Feeds `text` to `handler`. InvalidArgument: "`file`: invalid `what` at offset N: reason" when it is not JSON, or
+// Feeds `text` to `handler`: true when all of it was taken, else the handler knows why.
+bool ReadJsonEvents(std::string_view text, StrictSaxHandler& handler);
+
+// The same with the error of a file. InvalidArgument: "`file`: invalid `what` at offset N: reason" when it is not JSON,
+// or
 // "`file`: `what`: reason" when the handler refused it.
 absl::Status ParseJsonEvents(std::string_view text, const std::string& file, const std::string& what,
                              StrictSaxHandler& handler);
