@@ -203,6 +203,18 @@ TEST(Config, APoolIsOnOneDeviceWhichCallersHaveToo) {
   EXPECT_THAT(std::string(device("cuda", R"({"device":"tpu"})").status().message()), HasSubstr("expert[0].device"));
 }
 
+TEST(Config, DeviceMemoryIsStagedUnlessAskedForAndNeverMovedPastTheSeal) {
+  const auto transfer = [](const std::string& members) {
+    return ParseClusterConfig(R"({"model":{"path":"m"},"decode":[{}],"transfer":{)" + members + "}}", "/");
+  };
+  EXPECT_EQ(transfer("")->transfer().device_memory(), "staged");
+  EXPECT_EQ(transfer(R"("device_memory":"direct")")->transfer().device_memory(), "direct");
+  EXPECT_THAT(std::string(transfer(R"("device_memory":"rdma")").status().message()),
+              HasSubstr("transfer.device_memory: found \"rdma\", allowed staged, direct"));
+  EXPECT_THAT(std::string(transfer(R"("device_memory":"direct","seal":true)").status().message()),
+              HasSubstr("transfer.device_memory: found direct with transfer.seal"));
+}
+
 TEST(Config, ExpertSetsAreRangesAndSharesAreEven) {
   EXPECT_THAT(*ParseExpertSet("0-2,5", 8), ElementsAre(0, 1, 2, 5));
   EXPECT_FALSE(ParseExpertSet("0-8", 8).ok());
