@@ -38,6 +38,10 @@ class Spinner {
   unsigned count_ = 0;
 };
 
+// The driver whose turn was the last on this thread: two of one process may need different things of it.
+thread_local uint64_t driven_here = 0;
+std::atomic<uint64_t> last_id{0};
+
 std::chrono::steady_clock::duration ToChrono(absl::Duration d) {
   return d >= absl::Hours(24) ? std::chrono::hours(24) : absl::ToChronoNanoseconds(d);
 }
@@ -45,7 +49,7 @@ std::chrono::steady_clock::duration ToChrono(absl::Duration d) {
 }  // namespace
 
 Driver::Driver(Engine& engine, absl::Duration spin, absl::Duration linger)
-    : engine_(engine), spin_(ToChrono(spin)), linger_(ToChrono(linger)) {
+    : engine_(engine), id_(++last_id), spin_(ToChrono(spin)), linger_(ToChrono(linger)) {
   event_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   epoll_fd_ = epoll_create1(EPOLL_CLOEXEC);
   CHECK(event_fd_ >= 0 && epoll_fd_ >= 0, "out of file descriptors");
@@ -176,6 +180,7 @@ void Driver::Run() {
 
 // Tasks first, in order, then timers, then the wire. What callbacks post meanwhile is for the next round.
 bool Driver::DriveLocked() {
+  if (std::exchange(driven_here, id_) != id_) engine_.EnterThread();
   std::vector<Task> run;
   {
     std::lock_guard lock(queue_mu_);

@@ -33,6 +33,7 @@ class Driver {
     virtual bool Progress() = 0;  // true: something happened
     virtual bool Arm() = 0;       // true: fd() will be readable when something happens; false: progress again
     virtual int fd() const = 0;
+    virtual void EnterThread() {}  // before the first turn on a thread, under the drive lock
   };
 
   Driver(Engine& engine, absl::Duration spin, absl::Duration linger);
@@ -61,6 +62,7 @@ class Driver {
   bool Parked() const;
 
   Engine& engine_;
+  const uint64_t id_;  // never reused, as an address is
   const Clock::duration spin_, linger_;
   int event_fd_ = -1, epoll_fd_ = -1;
 

@@ -98,6 +98,7 @@ class UcxTransport final : public Transport, private Driver::Engine {
   bool Bury();
   bool Arm() override { return ucp_worker_arm(worker_) == UCS_OK; }
   int fd() const override { return worker_fd_; }
+  void EnterThread() override;
 
   // Connections
   absl::Status Listen();

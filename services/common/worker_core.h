@@ -94,6 +94,7 @@ class WorkerCore {
   TraceLog& traces() { return *traces_; }
 
  private:
+  bool DeviceMemoryIsDirect() const;
   void Decorate();
   void SetServing(bool serving);
   prometheus::Registry& registry() { return own_registry_ ? *own_registry_ : *environment_.registry; }
