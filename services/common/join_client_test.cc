@@ -127,7 +127,7 @@ TEST(JoinClient, ARestartedRouterIsJoinedAgainAndRecognisedAsAnother) {
   const std::string address = server->address();
   Worker worker(address);
   worker.client->SetReady({});
-  ASSERT_TRUE(Eventually([&] { return first->readies.load() == 1; }));
+  ASSERT_TRUE(Eventually([&] { return first->readies.load() == 1 && !worker.seen().empty(); }));
   server->Shutdown(absl::ZeroDuration());
   FakeRouter second;
   const auto again = Serve(second, address);
