@@ -264,7 +264,9 @@ TEST_P(Conformance, SendAtOnceReachesThePeerThoughNobodyWaits) {
   std::atomic<int> pings{0};
   FunctionHandler ping([&](const IncomingMessage& m) {
     ++pings;
-    if (pings == 1) EXPECT_TRUE(b_->SendMessage(m.from, kChannel, m.header, {}, nullptr).ok());
+    if (pings == 1) {
+      EXPECT_TRUE(b_->SendMessage(m.from, kChannel, m.header, {}, nullptr).ok());
+    }
     return Placement::Consumed();
   });
   std::atomic<bool> answered{false};
