@@ -159,7 +159,8 @@ void Driver::Run() {
   while (!stopping_) {
     if (Parked()) {
       Park(kWaiterSlice);
-      last_event = {};  // whoever drove has seen what there was: no reason to spin
+      // Whoever drove has seen what there was: no reason to spin, unless it never sleeps.
+      last_event = Clock::now() - std::min<Clock::duration>(spin_, std::chrono::seconds(1));
       continue;
     }
     bool busy = false;
