@@ -5,24 +5,26 @@
 #
 #   deploy/bundle.sh                   build/millrace-gpu.tar.xz, below 30 MB
 #   deploy/bundle.sh --no-data         without model and goldens, for use inside a checkout
+#   deploy/bundle.sh --ucx DIR         with the UCX of DIR, such as .cache/cuda/ucx, which moves memory of a card by itself
 #   deploy/bundle.sh --out FILE
 #
 # There: tar xf millrace-gpu.tar.xz && millrace-gpu/tests/gpu.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-BINARIES=(millrace ops_cuda_test golden_test equality_test cuda_engine_bench tensor_linear_cuda_bench
-  packed_experts_cuda_bench hyper_connection_cuda_bench sparse_attention_cuda_bench)
+BINARIES=(millrace cuda_transport_test cuda_transport_bench kvtransfer_bench ops_cuda_test golden_test equality_test remote_experts_test long_context_test cuda_engine_bench tensor_linear_cuda_bench
+  packed_experts_cuda_bench hyper_connection_cuda_bench indexer_cuda_bench sparse_attention_cuda_bench)
 STAGE="$(mktemp -d)"
 trap 'rm -rf "$STAGE"' EXIT
 
 main() {
-  local out=build/millrace-gpu.tar.xz data=1
+  local out=build/millrace-gpu.tar.xz data=1 ucx=''
   while (($#)); do
     case "$1" in
       --no-data) data=0 ;;
       --out) out="$2"; shift ;;
-      *) sed -n '6,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+      --ucx) ucx="$2"; shift ;;
+      *) sed -n '6,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
     esac
     shift
   done
@@ -33,7 +35,7 @@ main() {
       { echo "bundle: build/cuda/bin/$binary is missing; cmake --preset cuda && cmake --build --preset cuda" >&2; exit 1; }
     strip -o "$root/bin/$binary" "build/cuda/bin/$binary"
   done
-  copy_libraries "$root"
+  copy_libraries "$root" "$ucx"
   cp tests/gpu.sh "$root/tests/"
   if ((data)); then
     mkdir -p "$root/deploy/demo" "$root/tests/data"
@@ -46,13 +48,18 @@ main() {
 
 # glibc's own parts must be the machine's: they go with its kernel and its loader. UCX opens its transports by name.
 copy_libraries() {
-  local root="$1" path
+  local root="$1" ucx="$2" path modules=/usr/lib/x86_64-linux-gnu/ucx
+  if [[ -n $ucx ]]; then
+    modules="$ucx/lib/ucx"
+    export LD_LIBRARY_PATH="$ucx/lib"
+    cp "$ucx/bin/ucx_perftest" "$root/bin/"
+  fi
   ldd "${BINARIES[@]/#/build/cuda/bin/}" | awk '/=> \//{print $3}' | sort -u |
     grep -vE '/(libc|libm|libdl|librt|libpthread|libresolv|ld-linux[^/]*)\.so' |
     while read -r path; do strip -o "$root/lib/$(basename "$path")" "$path"; done
-  if [[ -d /usr/lib/x86_64-linux-gnu/ucx ]]; then
+  if [[ -d $modules ]]; then
     mkdir -p "$root/lib/ucx"
-    cp -L /usr/lib/x86_64-linux-gnu/ucx/lib*.so.0 "$root/lib/ucx/"
+    for path in "$modules"/lib*.so.0; do strip -o "$root/lib/ucx/$(basename "$path")" "$path"; done
   fi
 }
 

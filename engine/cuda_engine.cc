@@ -12,56 +12,31 @@
 #include <map>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "engine/cuda_upload.h"
+#include "engine/cuda_watch.h"
 #include "engine/device/cuda_device.h"
 #include "engine/model/cuda_forward.h"
+#include "engine/model/cuda_limits.h"
+#include "engine/ops/cuda_kernel_set.h"
 #include "engine/ops/cuda_sampler.h"
-#include "engine/ops/rounding.h"
 #include "engine/paged_engine.h"
+#include "engine/round_up.h"
 #include "engine/status.h"
 
 namespace millrace {
 namespace {
 
-using cuda::Bf16;
 using cuda::PassBlock;
 using cuda::UploadBlock;
 
-// Raised whenever a change of the CUDA kernels changes bits.
-constexpr int kCudaKernelRevision = 2;
-
 // Rows of logits that exist at a time: 64 rows of the released vocabulary are 33 MB.
 constexpr int64_t kLogitRows = 64;
-
-// Left to the driver: kernels' code, captured graphs.
-constexpr int64_t kHeadroom = 256 << 20;
 
 // Sizes that decode batches are padded to: within an eighth of the rows, and few enough graphs.
 int64_t PaddedBatch(int64_t n, int64_t most) {
   int64_t step = 1;
   while (step * 8 < n) step *= 2;
-  return std::min((n + step - 1) / step * step, most);
-}
-
-// The kernels' own limits, each named with what was found.
-absl::Status CheckShapes(const ModelConfig& c) {
-  const auto at_most = [](const char* name, int64_t found, int64_t most) {
-    return found <= most ? absl::OkStatus()
-                         : absl::FailedPreconditionError(
-                               absl::StrCat("device: cuda takes ", name, " up to ", most, ", the model has ", found));
-  };
-  RETURN_IF_ERROR(at_most("hidden_size", c.hidden_size, 8192));
-  RETURN_IF_ERROR(at_most("moe_intermediate_size", c.moe_intermediate_size, 8192));
-  RETURN_IF_ERROR(at_most("vocab_size", c.vocab_size, 1 << 21));
-  RETURN_IF_ERROR(at_most("index_n_heads", c.index_n_heads, 256));
-  RETURN_IF_ERROR(at_most("n_routed_experts", c.n_routed_experts, cuda::kMaxExperts));
-  RETURN_IF_ERROR(at_most("num_experts_per_tok", c.num_experts_per_tok, cuda::kMaxTopK));
-  return absl::OkStatus();
-}
-
-std::string Mebibytes(int64_t bytes) {
-  return absl::StrFormat("%.1f MiB", static_cast<double>(bytes) / static_cast<double>(1 << 20));
+  return std::min(RoundUp(n, step), most);
 }
 
 class CudaEngine : public PagedEngine {
@@ -70,7 +45,7 @@ class CudaEngine : public PagedEngine {
       : PagedEngine(checkpoint, options, CacheLayout::Make(checkpoint->config(), Numerics::kRelease, options.mtp)) {}
 
   absl::Status Init() {
-    RETURN_IF_ERROR(CheckShapes(config()));
+    RETURN_IF_ERROR(cuda::CheckShapes(config()));
     ASSIGN_OR_RETURN(const cuda::DeviceInfo device, cuda::OpenDevice(0));
     limits_.rows = options_.max_batch_tokens;
     limits_.sequences = options_.max_sequences;
@@ -89,15 +64,11 @@ class CudaEngine : public PagedEngine {
     const int64_t workspace = cuda::CudaForward::WorkspaceBytes(config(), limits_);
     const int64_t tables = num_slots * table_pages_ * int64_t{4};
     const int64_t results = DrawWorkspaceOffset() + cuda::DrawWorkspaceBytes(config().vocab_size, limits_.sequences);
-    const int64_t total = weight_bytes_ + pages + slots + workspace + tables + upload.bytes + results + kHeadroom;
-    const std::string budget =
-        absl::StrCat(device.name, ": weights ", Mebibytes(weight_bytes_), ", ", options_.cache_pages, " pages ",
-                     Mebibytes(pages), ", ", num_slots, " slots ", Mebibytes(slots), ", workspace ",
-                     Mebibytes(workspace + tables + upload.bytes + results), ", headroom ", Mebibytes(kHeadroom), "; ",
-                     Mebibytes(total), " of ", Mebibytes(device.free_bytes), " free");
-    if (total > device.free_bytes) {
-      return absl::ResourceExhaustedError(absl::StrCat("device memory: ", budget));
-    }
+    ASSIGN_OR_RETURN(const std::string budget,
+                     cuda::MemoryBudget(device, {{"weights", weight_bytes_},
+                                                 {absl::StrCat(options_.cache_pages, " pages"), pages},
+                                                 {absl::StrCat(num_slots, " slots"), slots},
+                                                 {"workspace", workspace + tables + upload.bytes + results}}));
     if (options_.notice) options_.notice(budget);
     ASSIGN_OR_RETURN(weights_memory_, cuda::DeviceBuffer::Take(weight_bytes_, "weights"));
     ASSIGN_OR_RETURN(pages_memory_, cuda::DeviceBuffer::Take(pages, "cache pages"));
@@ -136,11 +107,14 @@ class CudaEngine : public PagedEngine {
     return out;
   }
 
-  std::string KernelSet() const override { return absl::StrCat("cuda/sm90/", kCudaKernelRevision); }
+  std::string KernelSet() const override { return CudaKernelSet(); }
 
  private:
-  // Experts in a pool are computed by other kernels than the device's own: such engines do not mix with others.
-  std::string HashDetail() const override { return options_.exchange == nullptr ? "own experts" : "pool experts"; }
+  // Experts that other kernels compute give other bits: such engines do not mix with those that run their own.
+  std::string HashDetail() const override {
+    return options_.exchange == nullptr || options_.exchange->KernelSet() == KernelSet() ? "own experts"
+                                                                                         : "pool experts";
+  }
 
   int32_t* BlockTable(const Sequence& s) const {
     return reinterpret_cast<int32_t*>(tables_memory_.data()) + s.reservation.slot() * table_pages_;
@@ -208,7 +182,7 @@ class CudaEngine : public PagedEngine {
       TakeStep(chunks, out);
       return absl::OkStatus();
     }
-    Watch watch(*this, options, rows);
+    cuda::PassWatch watch(config(), options, rows.sequences, *stream_);
     RETURN_IF_ERROR(forward_->Forward(pass, watch.wanted() ? &watch : nullptr));
     if (!mtp_rows.ids.empty()) {
       RETURN_IF_ERROR(forward_->ForwardMtp(View(device_.mtp, mtp_rows), pass, device_.backbone_sequence));
@@ -376,60 +350,6 @@ class CudaEngine : public PagedEngine {
     stream_->Wait();
     return reinterpret_cast<const float*>(logits_staging_.data());
   }
-
-  // Brings back what a tap or a sender wants to see, layer by layer; a pass that nobody watches has none.
-  class Watch : public cuda::ForwardHooks {
-   public:
-    Watch(CudaEngine& engine, const ForwardOptions& options, const PassRows& rows)
-        : engine_(engine), options_(options), rows_(rows) {}
-    bool wanted() const { return options_.tap != nullptr || options_.on_layer_done; }
-
-    void OnExperts(int layer, const int32_t* experts, int64_t rows) override {
-      if (options_.tap == nullptr) return;
-      options_.tap->OnExperts(layer, Fetch(experts, rows * engine_.config().num_experts_per_tok).data(), rows);
-    }
-
-    void OnSelection(int layer, cuda::SelectionView selection, int64_t rows) override {
-      if (options_.tap == nullptr) return;
-      bool all = true;
-      for (const SequenceRows& s : rows_.sequences) all &= (s.start + s.count) / 4 <= selection.topk;
-      if (all) return;
-      const std::vector<int32_t> entries = Fetch(selection.entries, rows * selection.topk);
-      const std::vector<int32_t> counts = Fetch(selection.counts, rows);
-      for (int64_t r = 0; r < rows; ++r) {
-        options_.tap->OnSelection(
-            layer, r, absl::MakeConstSpan(entries).subspan(r * selection.topk, static_cast<size_t>(counts[r])));
-      }
-    }
-
-    void OnLayer(int layer, const Bf16* streams, int64_t rows) override {
-      if (options_.tap != nullptr) {
-        const std::vector<uint16_t> bits =
-            Fetch(reinterpret_cast<const uint16_t*>(streams), rows * cuda::kStreams * engine_.config().hidden_size);
-        std::vector<float> values(bits.size());
-        std::transform(bits.begin(), bits.end(), values.begin(), DecodeBf16);
-        options_.tap->OnStreams(layer, values.data(), rows);
-      }
-      if (options_.on_layer_done) {
-        engine_.stream_->Wait();
-        options_.on_layer_done(layer);
-      }
-    }
-
-   private:
-    template <typename T>
-    std::vector<T> Fetch(const T* device, int64_t count) {
-      std::vector<T> host(count);
-      CUDA_CHECK(
-          cudaMemcpyAsync(host.data(), device, count * sizeof(T), cudaMemcpyDeviceToHost, engine_.stream_->get()));
-      engine_.stream_->Wait();
-      return host;
-    }
-
-    CudaEngine& engine_;
-    const ForwardOptions& options_;
-    const PassRows& rows_;
-  };
 
   cuda::ForwardLimits limits_;
   int64_t table_pages_ = 0;

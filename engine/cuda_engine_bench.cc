@@ -3,11 +3,12 @@
 //
 //   cuda_engine_bench MODEL [CSV [BATCH CONTEXT]]
 //
-// With BATCH and CONTEXT only that decode step, for a profiler.
-// Any checkpoint in the released format, e.g. full-width layers of `millrace inspect --make-random flash --layers 4
-// --experts 32 DIR`. Prints the median and the spread of the repetitions; rows of the CSV are what was timed:
-// model, layers, what, batch, context, median us, least, greatest, tokens a second. A decode step is timed by the
-// host's clock around Forward, copies and sampling included: what a scheduler would see.
+// With BATCH and CONTEXT only that decode step, for a profiler or for a context up to the model's longest.
+// MODEL is any checkpoint in the released format, or full-width layers of random weights made in memory: flash:4:32 has
+// four layers of 32 experts, as `millrace inspect --make-random flash --layers 4 --experts 32 DIR` writes them. Prints
+// the median and the spread of the repetitions; rows of the CSV are what was timed: model, layers, what, batch,
+// context, median us, least, greatest, tokens a second. A decode step is timed by the host's clock around Forward,
+// copies and sampling included: what a scheduler would see.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -16,7 +17,10 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_split.h"
 #include "engine/engine.h"
+#include "engine/model/random_checkpoint.h"
 
 namespace millrace {
 namespace {
@@ -33,15 +37,33 @@ T Require(absl::StatusOr<T> value) {
   return *std::move(value);
 }
 
+// "flash:4:32", "pro:6:16" or a folder.
+std::unique_ptr<Checkpoint> OpenModel(const std::string& model) {
+  const std::vector<std::string> words = absl::StrSplit(model, ':');
+  PresetChanges changes;
+  if (words.size() != 3 || !absl::SimpleAtoi(words[1], &changes.layers) ||
+      !absl::SimpleAtoi(words[2], &changes.experts)) {
+    return Require(Checkpoint::Open(model, {.verify_manifest = false}));
+  }
+  const ModelPreset preset = words[0] == "pro" ? ModelPreset::kPro : ModelPreset::kFlash;
+  return Require(RandomCheckpointInMemory(PresetConfigJson(preset, changes)));
+}
+
+// What the cache has to hold: so many sequences of so many tokens.
+struct Room {
+  int sequences = 64;
+  int64_t context = 16384, pages = 70 * 8;
+};
+
 class Bench {
  public:
-  Bench(const std::string& model, FILE* csv) : model_(model.substr(model.find_last_of('/') + 1)), csv_(csv) {
-    auto checkpoint = Require(Checkpoint::Open(model, {.verify_manifest = false}));
-    engine_ = Require(Engine::Create(std::shared_ptr<const Checkpoint>(std::move(checkpoint)),
+  Bench(const std::string& model, const Room& room, FILE* csv)
+      : model_(model.substr(model.find_last_of('/') + 1)), csv_(csv) {
+    engine_ = Require(Engine::Create(std::shared_ptr<const Checkpoint>(OpenModel(model)),
                                      {.device = DeviceKind::kCuda,
-                                      .cache_pages = 70 * 8,
-                                      .max_sequences = 64,
-                                      .max_context_tokens = 16384,
+                                      .cache_pages = room.pages,
+                                      .max_sequences = room.sequences,
+                                      .max_context_tokens = room.context,
                                       .max_batch_tokens = kChunk,
                                       .notice = [](const std::string& line) { std::puts(line.c_str()); }}));
   }
@@ -120,11 +142,14 @@ int Main(int argc, char** argv) {
   }
   FILE* csv = argc > 2 ? std::fopen(argv[2], "w") : nullptr;
   if (csv != nullptr) std::fputs("model,layers,what,batch,context,median_us,min_us,max_us,tokens_per_s\n", csv);
-  Bench bench(argv[1], csv);
   if (argc > 4) {
-    bench.Decode(std::atoi(argv[3]), std::atol(argv[4]));
+    const int batch = std::atoi(argv[3]);
+    const int64_t context = std::atol(argv[4]), longest = context + kWarmUp + kRepetitions;
+    Bench(argv[1], {batch, longest, batch * ((longest + 127) / 128)}, csv).Decode(batch, context);
+    if (csv != nullptr) std::fclose(csv);
     return 0;
   }
+  Bench bench(argv[1], {}, csv);
   for (const int64_t context : {512, 4096}) {
     for (const int batch : {1, 4, 16}) bench.Decode(batch, context);
   }

@@ -5,9 +5,10 @@
 #
 #   kvtransfer/bench.sh [path of kvtransfer_bench]      needs ucx_perftest (Debian: ucx-utils)
 #   UCX_TLS, UCX_NET_DEVICES as usual; REPEATS (5), SECONDS_EACH (1), PORT (13400)
+#   MEMORY=cuda: a card's memory, with cuda_transport_bench and a ucx_perftest that knows CUDA in PATH
 set -eu
 bench=${1:-build/release/bin/kvtransfer_bench}
-repeats=${REPEATS:-5} seconds=${SECONDS_EACH:-1} port=${PORT:-13400}
+repeats=${REPEATS:-5} seconds=${SECONDS_EACH:-1} port=${PORT:-13400} memory=${MEMORY:-host}
 command -v ucx_perftest >/dev/null || { echo "bench.sh: ucx_perftest not found: apt-get install ucx-utils" >&2; exit 1; }
 [ -x "$bench" ] || { echo "bench.sh: $bench not found: give its path" >&2; exit 1; }
 
@@ -17,13 +18,13 @@ perftest() {
   ucx_perftest -p "$port" >/dev/null 2>&1 &
   server=$!
   sleep 0.3
-  ucx_perftest 127.0.0.1 -p "$port" -t "$1" -e -s "$2" -n "$3" -w 100 -O 4 -f 2>/dev/null | tail -1 | awk -v c="$4" '{print $c}'
+  ucx_perftest 127.0.0.1 -p "$port" -t "$1" -e -m "$memory" -s "$2" -n "$3" -w 100 -O 4 -f 2>/dev/null | tail -1 | awk -v c="$4" '{print $c}'
   wait "$server" 2>/dev/null || true
 }
 median() { sort -n | awk '{v[NR]=$1} END {print (NR ? (NR % 2 ? v[(NR+1)/2] : (v[NR/2]+v[NR/2+1])/2) : "nan")}'; }
 
 echo "# $(uname -n), $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2 | sed 's/^ //'), $(nproc) cores, load $(cut -d' ' -f1 /proc/loadavg)"
-echo "# commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), $(ucx_info -v | head -1 | cut -c3-), UCX_TLS=${UCX_TLS:-}, $(date -u +%F)"
+echo "# commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), $(ucx_info -v | head -1 | cut -c3-), UCX_TLS=${UCX_TLS:-}, $memory memory, $(date -u +%F)"
 echo "test,bytes,ours,ucx_perftest,ratio"
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

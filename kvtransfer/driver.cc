@@ -38,6 +38,10 @@ class Spinner {
   unsigned count_ = 0;
 };
 
+// The driver whose turn was the last on this thread: two of one process may need different things of it.
+thread_local uint64_t driven_here = 0;
+std::atomic<uint64_t> last_id{0};
+
 std::chrono::steady_clock::duration ToChrono(absl::Duration d) {
   return d >= absl::Hours(24) ? std::chrono::hours(24) : absl::ToChronoNanoseconds(d);
 }
@@ -45,7 +49,7 @@ std::chrono::steady_clock::duration ToChrono(absl::Duration d) {
 }  // namespace
 
 Driver::Driver(Engine& engine, absl::Duration spin, absl::Duration linger)
-    : engine_(engine), spin_(ToChrono(spin)), linger_(ToChrono(linger)) {
+    : engine_(engine), id_(++last_id), spin_(ToChrono(spin)), linger_(ToChrono(linger)) {
   event_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   epoll_fd_ = epoll_create1(EPOLL_CLOEXEC);
   CHECK(event_fd_ >= 0 && epoll_fd_ >= 0, "out of file descriptors");
@@ -108,7 +112,10 @@ bool Driver::WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) {
   ++waiting_;
   Spinner spinner;
   bool result = false;
-  auto last_event = Clock::now();
+  const auto began = Clock::now();
+  auto last_event = began;
+  // A wait much longer than a spin will be again: the core is better left to whoever computes what is waited for.
+  const bool spin = Clock::duration(last_wait_.load()) <= 2 * spin_;
   while (!(result = done())) {
     bool busy = false;
     {
@@ -121,15 +128,29 @@ bool Driver::WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) {
     if (now >= deadline && !(result = done())) break;
     if (busy) {
       last_event = now;
-    } else if (now - last_event < spin_) {
+    } else if (spin && now - last_event < spin_) {
       spinner.Once();
     } else {
       SleepUntil(std::min<Clock::time_point>(deadline, now + kWaiterSlice));
     }
   }
-  linger_until_ = (Clock::now() + linger_).time_since_epoch().count();
+  const auto ended = Clock::now();
+  last_wait_ = (ended - began).count();
+  linger_until_ = (ended + linger_).time_since_epoch().count();
   --waiting_;
   return result;
+}
+
+void Driver::PostAtOnce(absl::FunctionRef<void()> post) {
+  last_waiter_ = std::this_thread::get_id();
+  ++waiting_;  // the own thread stays parked, or asleep
+  post();
+  {
+    std::lock_guard lock(drive_mu_);
+    (void)DriveLocked();
+  }
+  linger_until_ = (Clock::now() + linger_).time_since_epoch().count();
+  --waiting_;
 }
 
 void Driver::Run() {
@@ -138,7 +159,7 @@ void Driver::Run() {
   while (!stopping_) {
     if (Parked()) {
       Park(kWaiterSlice);
-      last_event = Clock::now();
+      last_event = {};  // whoever drove has seen what there was: no reason to spin
       continue;
     }
     bool busy = false;
@@ -159,6 +180,7 @@ void Driver::Run() {
 
 // Tasks first, in order, then timers, then the wire. What callbacks post meanwhile is for the next round.
 bool Driver::DriveLocked() {
+  if (std::exchange(driven_here, id_) != id_) engine_.EnterThread();
   std::vector<Task> run;
   {
     std::lock_guard lock(queue_mu_);

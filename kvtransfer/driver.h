@@ -33,6 +33,7 @@ class Driver {
     virtual bool Progress() = 0;  // true: something happened
     virtual bool Arm() = 0;       // true: fd() will be readable when something happens; false: progress again
     virtual int fd() const = 0;
+    virtual void EnterThread() {}  // before the first turn on a thread, under the drive lock
   };
 
   Driver(Engine& engine, absl::Duration spin, absl::Duration linger);
@@ -46,6 +47,7 @@ class Driver {
   void Post(Task task);
   void RunAfter(absl::Duration delay, Task task);
   bool WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout);
+  void PostAtOnce(absl::FunctionRef<void()> post);     // what `post` posts runs here, once; not from callbacks
   void Exclusively(absl::FunctionRef<void()> action);  // runs it here, under the drive lock; not from callbacks
 
  private:
@@ -60,6 +62,7 @@ class Driver {
   bool Parked() const;
 
   Engine& engine_;
+  const uint64_t id_;  // never reused, as an address is
   const Clock::duration spin_, linger_;
   int event_fd_ = -1, epoll_fd_ = -1;
 
@@ -72,6 +75,7 @@ class Driver {
   std::atomic<int> waiting_{0};                    // threads inside WaitFor
   std::atomic<std::thread::id> last_waiter_{};
   std::atomic<Clock::rep> linger_until_{0};
+  std::atomic<Clock::rep> last_wait_{0};  // how long the last waiter waited
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };

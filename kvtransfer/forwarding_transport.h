@@ -35,6 +35,7 @@ class ForwardingTransport : public Interface {
   bool WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) override {
     return inner_->WaitFor(done, timeout);
   }
+  void SendAtOnce(absl::FunctionRef<void()> post) override { inner_->SendAtOnce(post); }
   void Close() override { inner_->Close(); }
   TransportStatistics statistics() const override { return inner_->statistics(); }
 

@@ -45,6 +45,9 @@ struct MemoryFunctions {
   std::function<absl::Status(Memory destination, ConstMemory source)> copy;  // equal sizes
   std::function<void(ConstMemory content, DigestDone done)> digest;  // of the bytes alone; binding is digest.h's
   uint32_t digest_algorithm = 0;                                     // DigestAlgorithm of digest.h
+  // What a thread needs before a transport may touch memory of this kind on it by itself; called once on each such
+  // thread, and again where another transport has been there meanwhile. Null: nothing.
+  std::function<absl::Status()> attach = nullptr;
 };
 
 // memcpy and XXH3-64, answering before they return. Any other kind is InvalidArgument.

@@ -13,7 +13,8 @@
 //
 // Threads. Every method may be called from any thread, callbacks included, unless it says otherwise. Handlers and
 // callbacks run one at a time on the transport thread, or on the thread inside WaitFor: they must be short (decode a
-// header, look up a destination, post to a queue; compute only if it is the point) and must not call Close or WaitFor.
+// header, look up a destination, post to a queue; compute only if it is the point) and must not call Close, WaitFor or
+// SendAtOnce.
 // Handlers and whatever callbacks capture must live until Close has returned.
 #pragma once
 
@@ -106,8 +107,8 @@ struct TransportOptions {
   size_t max_in_flight_bytes = 1u << 30;
   size_t max_queued_messages_per_peer = 4096;
   size_t max_peers = 1024;
-  // A busy transport thread polls this long after the last event before it sleeps in the kernel: 0 sleeps at once,
-  // absl::InfiniteDuration() never sleeps.
+  // A thread that drives the transport polls this long after the last event before it sleeps in the kernel; one in
+  // WaitFor only if the wait before was not much longer. 0 sleeps at once, absl::InfiniteDuration() never sleeps.
   absl::Duration spin = absl::Microseconds(50);
   absl::Duration connect_timeout = absl::Seconds(3);
   // Where connections come in, if the transport has such a thing. A numeric address of this host or the name of an
@@ -116,7 +117,7 @@ struct TransportOptions {
   uint16_t listen_port = 0;
   // A thread that waits in WaitFor is expected to wait again soon: for so long after it, its own sends do not wake the
   // transport thread, which they would only race. Other threads' sends are not affected.
-  absl::Duration linger = absl::Microseconds(200);
+  absl::Duration linger = absl::Milliseconds(1);
   MemoryFunctions memory = HostMemoryFunctions();
   // One line at a time, on the transport thread: lanes of a new connection, errors nobody else can report. Null:
   // stderr.
@@ -183,6 +184,10 @@ class Transport {
   // the calling thread (an atomic). For latency an implementation polls the wire on the calling thread meanwhile, so
   // that callbacks run right here and no thread switch is paid.
   virtual bool WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) = 0;
+
+  // Runs `post`, which sends a few small messages, and puts them on the wire on the calling thread where that spares
+  // waking another. For a thread that computes a little before it waits in WaitFor.
+  virtual void SendAtOnce(absl::FunctionRef<void()> post) { post(); }
 
   // Required. Completes everything with Cancelled, fences all memory, joins the thread. After it returns no callback
   // runs. Idempotent; not from callbacks.

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// GB/s and latency of the UCX transport between two processes, and of a whole hand-off with digests.
+// GB/s and latency of the UCX transport between two processes, and of a whole hand-off with digests; of host memory, or
+// of whatever memory the main that includes transport_bench.h has.
 //
 // One measurement a run, so that bench.sh can take turns with ucx_perftest:
 //   transport_bench bandwidth BYTES [SECONDS]   messages of BYTES, kWindow in flight; prints GB/s
 //   transport_bench latency BYTES [SECONDS]     ping and pong of BYTES; prints microseconds, half of a round trip
 //   transport_bench wait BYTES [SECONDS]        the same, driven by the waiting thread (WaitFor), as expert rows are
 //   transport_bench handoff BYTES [SECONDS]     extents of BYTES through Sender, Receiver and Verify; prints GB/s
-// The first word may be prefixed by "loopback-" to measure the in-process transport, before that by "sealed-" to have
-// every message sealed. Payloads are checked: a wrong byte
-// fails the run.
+// The first word may be prefixed by "loopback-" to measure the in-process transport, or by "staged-" to carry device
+// memory through host buffers; before that by "sealed-" to have every message sealed (host memory, or staged). What a
+// hand-off carries is checked: a wrong byte fails the run.
+#include "kvtransfer/transport_bench.h"
+
 #include <signal.h>
 #include <spawn.h>
 #include <sys/prctl.h>
@@ -30,6 +33,7 @@
 #include "kvtransfer/receiver.h"
 #include "kvtransfer/sealed_transport.h"
 #include "kvtransfer/sender.h"
+#include "kvtransfer/staged_transport.h"
 #include "kvtransfer/status.h"
 #include "kvtransfer/ucx_transport.h"
 
@@ -58,19 +62,51 @@ std::unique_ptr<Transport> MaybeSeal(std::unique_ptr<Transport> transport, bool 
   return seal ? SealTransport(std::move(transport), HostMemoryFunctions()) : std::move(transport);
 }
 
-TransportOptions Quiet() {
+TransportOptions Quiet(const BenchMemory& memory) {
   TransportOptions options;
   options.log = [](absl::string_view) {};
+  options.memory = memory.functions;
   return options;
+}
+
+// Memory of the kind that is measured; the process' end gives it back.
+class Block {
+ public:
+  Block(const BenchMemory& memory, size_t bytes) : memory_{memory.allocate(bytes), bytes, memory.kind} {
+    CHECK(memory_.data != nullptr, "out of memory");
+  }
+  Memory memory() const { return memory_; }
+  ConstMemory Part(size_t offset, size_t bytes) const {
+    return {static_cast<const uint8_t*>(memory_.data) + offset, bytes, memory_.kind};
+  }
+  Memory WritablePart(size_t offset, size_t bytes) const {
+    return {static_cast<uint8_t*>(memory_.data) + offset, bytes, memory_.kind};
+  }
+  size_t bytes() const { return memory_.bytes; }
+
+ private:
+  Memory memory_;
+};
+
+std::unique_ptr<Transport> MakeUcx(const BenchMemory& memory, bool staged, bool sealed) {
+  auto created = CreateUcxTransport(Quiet(memory));
+  CHECK(created.ok(), created.status().ToString());
+  std::unique_ptr<Transport> transport = MaybeSeal(*std::move(created), sealed);
+  if (staged) return StageDeviceMemory(std::move(transport), memory.functions);
+  CHECK(transport->Supports(memory.kind), "no device memory by itself here; staged- goes through the host");
+  return transport;
 }
 
 // The other end: takes everything, answers pings, and holds a lease for hand-offs that it verifies on demand. What a
 // control plane would say goes over the pong channel.
 class Peer {
  public:
-  Peer(Transport& transport, size_t bytes) : transport_(transport), receiver_(transport), memory_(bytes * kExtents) {
-    pong_.resize(bytes);
-    buffers_.assign(2 * kWindow, std::vector<uint8_t>(bytes));
+  Peer(Transport& transport, const BenchMemory& memory, size_t bytes)
+      : transport_(transport),
+        receiver_(transport, {.memory = memory.functions}),
+        memory_(memory, bytes * kExtents),
+        pong_(memory, bytes) {
+    for (int i = 0; i < 2 * kWindow; ++i) buffers_.emplace_back(memory, bytes);
     transport.SetHandler(kPing, &handler_);
   }
   ~Peer() { transport_.SetHandler(kPing, nullptr); }
@@ -78,19 +114,19 @@ class Peer {
  private:
   Placement OnPing(const IncomingMessage& m) {
     const absl::string_view header(reinterpret_cast<const char*>(m.header.data()), m.header.size());
-    std::vector<uint8_t>& buffer = buffers_[next_++ % buffers_.size()];
-    if (header == "sink") return Placement::Into({buffer.data(), buffer.size()}, nullptr);
+    const Memory buffer = buffers_[next_++ % buffers_.size()].memory();
+    if (header == "sink") return Placement::Into(buffer, nullptr);
     if (header == "ping") {
-      return Placement::Into({buffer.data(), buffer.size()}, [this, from = m.from](absl::Status) {
-        (void)transport_.SendMessage(from, kPong, {}, {pong_.data(), pong_.size()}, nullptr);
+      return Placement::Into(buffer, [this, from = m.from](absl::Status) {
+        (void)transport_.SendMessage(from, kPong, {}, pong_.memory(), nullptr);
       });
     }
     // "open LEASE" or an encoded manifest.
     uint64_t lease = 0;
     if (absl::ConsumePrefix(&const_cast<absl::string_view&>(header), "open ") && absl::SimpleAtoi(header, &lease)) {
       std::vector<ExpectedExtent> extents;
-      const size_t bytes = memory_.size() / kExtents;
-      for (uint64_t i = 0; i < kExtents; ++i) extents.push_back({i, {memory_.data() + i * bytes, bytes}});
+      const size_t bytes = memory_.bytes() / kExtents;
+      for (uint64_t i = 0; i < kExtents; ++i) extents.push_back({i, memory_.WritablePart(i * bytes, bytes)});
       CHECK(receiver_.Open({lease, 1}, std::move(extents)).ok());
     } else {
       auto manifest = DecodeManifest({reinterpret_cast<const char*>(m.payload.data()), m.payload.size()});
@@ -109,28 +145,27 @@ class Peer {
   Transport& transport_;
   Receiver receiver_;
   Handler handler_{[this](const IncomingMessage& m) { return OnPing(m); }};
-  std::vector<uint8_t> memory_, pong_;
-  std::vector<std::vector<uint8_t>> buffers_;
+  Block memory_, pong_;
+  std::vector<Block> buffers_;
   size_t next_ = 0;
 };
 
-int RunPeer(const char* address, size_t bytes) {
+int RunPeer(const BenchMemory& memory, const char* address, size_t bytes, bool staged) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   const std::string parent_address = absl::HexStringToBytes(address);
-  auto transport = CreateUcxTransport(Quiet());
-  CHECK(transport.ok(), transport.status().ToString());
-  *transport = MaybeSeal(*std::move(transport), IsSealedAddress(parent_address));
-  Peer peer(**transport, bytes);
-  auto parent = (*transport)->Connect(parent_address);
+  const auto transport = MakeUcx(memory, staged, IsSealedAddress(parent_address));
+  Peer peer(*transport, memory, bytes);
+  auto parent = transport->Connect(parent_address);
   CHECK(parent.ok());
-  CHECK((*transport)->SendMessage(*parent, kPong, Bytes("hello"), {}, nullptr).ok());
+  CHECK(transport->SendMessage(*parent, kPong, Bytes("hello"), {}, nullptr).ok());
   pause();
   return 0;
 }
 
 class Bench {
  public:
-  Bench(Transport& transport, size_t bytes) : transport_(transport), payload_(bytes, 0x5a), reply_(bytes) {
+  Bench(Transport& transport, const BenchMemory& memory, size_t bytes)
+      : transport_(transport), kind_memory_(memory), payload_(memory, bytes), reply_(memory, bytes) {
     transport.SetHandler(kPong, &handler_);
   }
   ~Bench() { transport_.SetHandler(kPong, nullptr); }
@@ -158,7 +193,7 @@ class Bench {
       transport_.WaitFor([&] { return completed_ == sent; }, absl::Seconds(20));
       const double took = absl::ToDoubleSeconds(absl::Now() - start);
       completed_ = 0;
-      return static_cast<double>(sent * payload_.size()) / took / 1e9;
+      return static_cast<double>(sent * payload_.bytes()) / took / 1e9;
     };
     run(seconds / 5);  // warm
     return run(seconds);
@@ -186,28 +221,30 @@ class Bench {
   }
 
   double Handoff(double seconds) {
-    std::vector<uint8_t> source(payload_.size() * kExtents);
-    for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+    std::vector<uint8_t> content(payload_.bytes() * kExtents);
+    for (size_t i = 0; i < content.size(); ++i) content[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+    const Block source(kind_memory_, content.size());
+    CHECK(kind_memory_.functions.copy(source.memory(), {content.data(), content.size()}).ok());
     uint64_t lease = 0, bytes = 0;
     const absl::Time start = absl::Now();
     while (absl::ToDoubleSeconds(absl::Now() - start) < seconds || lease < 2) {
       Ask(absl::StrCat("open ", ++lease), {});
-      Sender sender(transport_, peer_, {lease, 1});
+      Sender sender(transport_, peer_, {lease, 1}, {.memory = kind_memory_.functions});
       for (uint64_t i = 0; i < kExtents; ++i)
-        CHECK(sender.Send(i, {source.data() + i * payload_.size(), payload_.size()}).ok());
+        CHECK(sender.Send(i, source.Part(i * payload_.bytes(), payload_.bytes())).ok());
       CHECK(sender.FlushAndWait(absl::Seconds(20)).ok());
       auto manifest = sender.BuildManifest("");
       CHECK(manifest.ok());
       // The sender's last completion may be a little ahead of the receiver's last digest.
       while (Ask("commit", EncodeManifest(*manifest)) == "again") {
       }
-      bytes += source.size();
+      bytes += source.bytes();
     }
     return static_cast<double>(bytes) / absl::ToDoubleSeconds(absl::Now() - start) / 1e9;
   }
 
  private:
-  ConstMemory Payload() const { return {payload_.data(), payload_.size()}; }
+  ConstMemory Payload() const { return payload_.memory(); }
   std::string Ask(const std::string& header, std::string payload) {
     const uint64_t before = pongs_;
     CHECK(transport_.SendMessage(peer_, kPing, Bytes(header), {payload.data(), payload.size()}, nullptr).ok());
@@ -222,18 +259,19 @@ class Bench {
       count();
       return Placement::Consumed();
     }
-    return Placement::Into({reply_.data(), reply_.size()}, [count](absl::Status) { count(); });
+    return Placement::Into(reply_.memory(), [count](absl::Status) { count(); });
   }
 
   Transport& transport_;
   Handler handler_{[this](const IncomingMessage& m) { return OnPong(m); }};
-  std::vector<uint8_t> payload_, reply_;
+  const BenchMemory& kind_memory_;
+  Block payload_, reply_;
   PeerId peer_;
   std::string answer_;
   std::atomic<uint64_t> pongs_{0}, completed_{0};
 };
 
-int Measure(std::string what, const char* bytes_word, double seconds, const char* self) {
+int Measure(const BenchMemory& memory, std::string what, const char* bytes_word, double seconds, const char* self) {
   size_t bytes = 0;
   if (!absl::SimpleAtoi(bytes_word, &bytes)) return 2;
   const auto prefixed = [&what](const std::string& prefix) {
@@ -241,30 +279,29 @@ int Measure(std::string what, const char* bytes_word, double seconds, const char
     what = what.substr(prefix.size());
     return true;
   };
-  const bool sealed = prefixed("sealed-"), loopback = prefixed("loopback-");
+  const bool sealed = prefixed("sealed-"), loopback = prefixed("loopback-"), staged = prefixed("staged-");
 
   auto hub = LoopbackHub::Create();
   std::unique_ptr<Transport> transport, other;
   std::unique_ptr<Peer> local_peer;
   pid_t child = -1;
   if (loopback) {
-    transport = MaybeSeal(CreateLoopbackTransport(hub, Quiet()), sealed);
-    other = MaybeSeal(CreateLoopbackTransport(hub, Quiet()), sealed);
-    local_peer = std::make_unique<Peer>(*other, bytes);
+    transport = MaybeSeal(CreateLoopbackTransport(hub, Quiet(memory)), sealed);
+    other = MaybeSeal(CreateLoopbackTransport(hub, Quiet(memory)), sealed);
+    local_peer = std::make_unique<Peer>(*other, memory, bytes);
   } else {
-    auto created = CreateUcxTransport(Quiet());
-    CHECK(created.ok(), created.status().ToString());
-    transport = MaybeSeal(*std::move(created), sealed);
+    transport = MakeUcx(memory, staged, sealed);
   }
   double result = 0;
   {
-    Bench bench(*transport, bytes);
+    Bench bench(*transport, memory, bytes);
     if (loopback) {
       CHECK(other->SendMessage(*other->Connect(transport->address()), kPong, Bytes("hello"), {}, nullptr).ok());
     } else {
       std::string address = absl::BytesToHexString(transport->address()), size = bytes_word;
-      char peer_word[] = "--peer";
-      char* argv[] = {const_cast<char*>(self), peer_word, address.data(), size.data(), nullptr};
+      char peer_word[] = "--peer", staged_peer_word[] = "--staged-peer";
+      char* argv[] = {const_cast<char*>(self), staged ? staged_peer_word : peer_word, address.data(), size.data(),
+                      nullptr};
       CHECK(posix_spawn(&child, "/proc/self/exe", nullptr, nullptr, argv, environ) == 0);
     }
     bench.AwaitHello();
@@ -288,16 +325,18 @@ int Measure(std::string what, const char* bytes_word, double seconds, const char
 }
 
 }  // namespace
-}  // namespace millrace::kvtransfer
 
-int main(int argc, char** argv) {
-  using namespace millrace::kvtransfer;
+int TransportBenchMain(int argc, char** argv, const BenchMemory& memory) {
   size_t bytes = 0;
-  if (argc == 4 && std::strcmp(argv[1], "--peer") == 0 && absl::SimpleAtoi(argv[3], &bytes))
-    return RunPeer(argv[2], bytes);
+  const bool staged_peer = argc == 4 && std::strcmp(argv[1], "--staged-peer") == 0;
+  if (argc == 4 && (staged_peer || std::strcmp(argv[1], "--peer") == 0) && absl::SimpleAtoi(argv[3], &bytes))
+    return RunPeer(memory, argv[2], bytes, staged_peer);
   if (argc < 3) {
-    std::fprintf(stderr, "usage: %s [sealed-][loopback-]bandwidth|latency|wait|handoff BYTES [SECONDS]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s [sealed-][loopback-|staged-]bandwidth|latency|wait|handoff BYTES [SECONDS]\n",
+                 argv[0]);
     return 2;
   }
-  return Measure(argv[1], argv[2], argc > 3 ? std::atof(argv[3]) : 1.0, argv[0]);
+  return Measure(memory, argv[1], argv[2], argc > 3 ? std::atof(argv[3]) : 1.0, argv[0]);
 }
+
+}  // namespace millrace::kvtransfer

@@ -257,6 +257,33 @@ TEST_P(Conformance, WaitForSeesCallbacksAndTimesOut) {
   EXPECT_LT(absl::Now() - start, absl::Seconds(2));
 }
 
+TEST_P(Conformance, SendAtOnceReachesThePeerThoughNobodyWaits) {
+  TransportOptions lingering;
+  lingering.linger = absl::Hours(1);  // what is merely posted after a wait stays until the next one
+  Make(lingering, {});
+  std::atomic<int> pings{0};
+  FunctionHandler ping([&](const IncomingMessage& m) {
+    ++pings;
+    if (pings == 1) {
+      EXPECT_TRUE(b_->SendMessage(m.from, kChannel, m.header, {}, nullptr).ok());
+    }
+    return Placement::Consumed();
+  });
+  std::atomic<bool> answered{false};
+  FunctionHandler answer([&](const IncomingMessage&) {
+    answered = true;
+    return Placement::Consumed();
+  });
+  b_->SetHandler(kChannel, &ping);
+  a_->SetHandler(kChannel, &answer);
+  ASSERT_TRUE(a_->SendMessage(to_b_, kChannel, Bytes("ping"), {}, nullptr).ok());
+  ASSERT_TRUE(a_->WaitFor([&] { return answered.load(); }, kSoon));
+  a_->SendAtOnce([&] {
+    for (int i = 0; i < 3; ++i) ASSERT_TRUE(a_->SendMessage(to_b_, kChannel, Bytes("more"), {}, nullptr).ok());
+  });
+  EXPECT_TRUE(b_->WaitFor([&] { return pings == 4; }, kSoon));
+}
+
 TEST_P(Conformance, TimersRunInOrderAndNotEarly) {
   std::mutex mu;
   std::vector<int> order;

@@ -69,8 +69,10 @@ void UcxTransport::Pump() {
       peer->queue.pop_front();
       --peer->accepted;
       counters_.Launched(send->payload.bytes);
-      const bool eager = send->payload.kind == MemoryKind::kHost && send->payload.bytes <= eager_bytes_;
-      Launch(std::move(send), eager ? uint32_t{UCP_AM_SEND_FLAG_EAGER} : 0u);
+      // Of a card's memory everything is announced: an eager message would pass through the host on both sides.
+      const bool device = send->payload.kind == MemoryKind::kDevice && send->payload.bytes != 0;
+      const bool eager = !device && send->payload.bytes <= eager_bytes_;
+      Launch(std::move(send), device ? uint32_t{UCP_AM_SEND_FLAG_RNDV} : eager ? uint32_t{UCP_AM_SEND_FLAG_EAGER} : 0u);
       if (!peer->queue.empty() && !peer->failing) waiting[kept++] = peer;
     }
     waiting.resize(kept);

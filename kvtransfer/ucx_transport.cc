@@ -99,6 +99,14 @@ absl::Status UcxTransport::Start() {
   return absl::OkStatus();
 }
 
+// UCX moves a card's memory with the context that it finds on the thread.
+void UcxTransport::EnterThread() {
+  if (!has_cuda_ || !options_.memory.attach) return;
+  if (const absl::Status attached = options_.memory.attach(); !attached.ok()) {
+    Log(absl::StrCat("device memory cannot be moved on this thread: ", attached.ToString()));
+  }
+}
+
 bool UcxTransport::Progress() {
   if (pump_) Pump();
   bool busy = false;

@@ -87,6 +87,7 @@ class UcxTransport final : public Transport, private Driver::Engine {
   bool WaitFor(absl::FunctionRef<bool()> done, absl::Duration timeout) override {
     return driver_.WaitFor(done, timeout);
   }
+  void SendAtOnce(absl::FunctionRef<void()> post) override { driver_.PostAtOnce(post); }
   void Close() override;
   TransportStatistics statistics() const override { return counters_.snapshot(); }
   std::string Describe() const override;
@@ -97,6 +98,7 @@ class UcxTransport final : public Transport, private Driver::Engine {
   bool Bury();
   bool Arm() override { return ucp_worker_arm(worker_) == UCS_OK; }
   int fd() const override { return worker_fd_; }
+  void EnterThread() override;
 
   // Connections
   absl::Status Listen();

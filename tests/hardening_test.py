@@ -40,6 +40,8 @@ class Hardening(unittest.TestCase):
         symbols = readelf("--dyn-syms")
         self.assert_found("__stack_chk_fail", symbols)
         self.assert_found(r"__(mem|str|read|recv|snprintf|vsnprintf|fprintf|printf)\w*_chk", symbols)
+        # The failed assertion of a container names the libstdc++ header that made it.
+        self.assert_found("__glibcxx_assert_fail", symbols)
 
 
 if __name__ == "__main__":

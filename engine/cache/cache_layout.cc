@@ -6,12 +6,11 @@
 #include <xxhash.h>
 
 #include "absl/strings/str_cat.h"
+#include "engine/round_up.h"
 #include "engine/status.h"
 
 namespace millrace {
 namespace {
-
-int64_t Align(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Pieces of about equal bytes, at least `kMinRangeBytes` each: finer ones cost more per message than they hide.
 constexpr int64_t kMinRangeBytes = 256 << 10;
@@ -52,7 +51,7 @@ CacheLayout CacheLayout::Make(const ModelConfig& config, Numerics numerics, bool
   for (LayerKind kind : config.layer_kinds) {
     PageLayerLayout p;
     p.kind = kind;
-    p.begin = at = Align(at, 128);
+    p.begin = at = RoundUp(at, 128);
     p.entries = kind == LayerKind::kCsa ? kCsaEntriesPerPage : kind == LayerKind::kHca ? 1 : 0;
     p.bodies = at;
     at += static_cast<int64_t>(p.entries) * l.entry.body_bytes;
@@ -69,13 +68,13 @@ CacheLayout CacheLayout::Make(const ModelConfig& config, Numerics numerics, bool
     p.end = at;
     l.page_layers.push_back(p);
   }
-  l.page_bytes = Align(at, 128);
+  l.page_bytes = RoundUp(at, 128);
   if (l.page_bytes == 0) l.page_bytes = 128;  // a window-only model still counts tokens in pages
   l.layer_ranges = CutLayers(l.page_layers, l.page_bytes);
 
   at = 0;
   const auto take = [&at](int64_t bytes) {
-    const int64_t offset = at = Align(at, 128);
+    const int64_t offset = at = RoundUp(at, 128);
     at += bytes;
     return offset;
   };
@@ -96,7 +95,7 @@ CacheLayout CacheLayout::Make(const ModelConfig& config, Numerics numerics, bool
     l.slot_layers.push_back(s);
   }
   l.last_streams = take(static_cast<int64_t>(config.hc_mult) * config.hidden_size * (release ? 2 : 4));
-  l.slot_bytes = Align(at, 128);
+  l.slot_bytes = RoundUp(at, 128);
   return l;
 }
 

@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "absl/strings/str_cat.h"
+#include "engine/round_up.h"
 #include "engine/status.h"
 
 namespace millrace {
@@ -18,8 +19,6 @@ namespace {
 constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kChunk = 2 * kHugePage;
 constexpr int64_t kAlignment = 128;
-
-int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 std::shared_ptr<uint8_t> AllocateAligned(int64_t bytes) {
   void* memory = std::aligned_alloc(kHugePage, static_cast<size_t>(RoundUp(bytes, kHugePage)));

@@ -19,6 +19,10 @@ absl::Status CopyFromDevice(void* host, const void* device, int64_t bytes);
 absl::Status CopyToDevice(void* device, const void* host, int64_t bytes);
 absl::Status CopyOnDevice(void* to, const void* from, int64_t bytes);
 
+// Makes the card that this process uses current on the calling thread, for a library that moves device memory by itself
+// there. FailedPrecondition: no driver or card. Unimplemented as above.
+absl::Status AttachDevice();
+
 // Of the card that this process uses: free, and in all. Nothing in a build without CUDA, or when the runtime refuses.
 // Asking makes a context where there is none, so ask only where the engine runs on a card.
 struct DeviceMemoryBytes {

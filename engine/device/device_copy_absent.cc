@@ -10,6 +10,7 @@ absl::Status Absent() { return absl::UnimplementedError("device memory: this bui
 absl::Status CopyFromDevice(void* /*host*/, const void* /*device*/, int64_t /*bytes*/) { return Absent(); }
 absl::Status CopyToDevice(void* /*device*/, const void* /*host*/, int64_t /*bytes*/) { return Absent(); }
 absl::Status CopyOnDevice(void* /*to*/, const void* /*from*/, int64_t /*bytes*/) { return Absent(); }
+absl::Status AttachDevice() { return Absent(); }
 std::optional<DeviceMemoryBytes> DeviceMemory() { return std::nullopt; }
 
 }  // namespace millrace

@@ -111,6 +111,8 @@ absl::Status CopyOnDevice(void* to, const void* from, int64_t bytes) {
   return ToStatus(error, "copy on the device");
 }
 
+absl::Status AttachDevice() { return cuda::OpenDevice(0).status(); }
+
 std::optional<DeviceMemoryBytes> DeviceMemory() {
   size_t free = 0, total = 0;
   if (cudaMemGetInfo(&free, &total) != cudaSuccess) return std::nullopt;

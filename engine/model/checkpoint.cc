@@ -234,6 +234,24 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
   return checkpoint;
 }
 
+std::unique_ptr<Checkpoint> Checkpoint::FromMemory(ModelConfig config, std::vector<OwnedTensor> tensors) {
+  std::unique_ptr<Checkpoint> checkpoint(new Checkpoint);
+  checkpoint->config_ = std::move(config);
+  checkpoint->owned_ = std::move(tensors);
+  for (const OwnedTensor& t : checkpoint->owned_) {
+    checkpoint->tensors_.emplace(t.name, &t.tensor);
+    checkpoint->total_bytes_ += t.tensor.bytes;
+  }
+  const std::vector<TensorSpec> inventory = TensorInventory(checkpoint->config_);
+  CHECK(checkpoint->tensors_.size() == inventory.size(), "a tensor too many, or one twice");
+  for (const TensorSpec& spec : inventory) {
+    const absl::Status right =
+        CheckTensor("memory", spec, checkpoint->Get(spec.name), checkpoint->config_.weight_format);
+    CHECK(right.ok(), std::string(right.message()));
+  }
+  return checkpoint;
+}
+
 bool Checkpoint::Has(std::string_view name) const { return tensors_.contains(AbslView(name)); }
 
 const HostTensor& Checkpoint::Get(std::string_view name) const {

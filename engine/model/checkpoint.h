@@ -94,6 +94,14 @@ class Checkpoint {
   // missing file, Unimplemented for a format we do not read (pickle, GGUF).
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& model_dir, CheckpointOptions options = {});
 
+  // One that never was a file (random_checkpoint.h). CHECK-fails unless the tensors are the inventory's.
+  struct OwnedTensor {
+    std::string name;
+    std::unique_ptr<uint8_t[]> memory;
+    HostTensor tensor;  // of `memory`
+  };
+  static std::unique_ptr<Checkpoint> FromMemory(ModelConfig config, std::vector<OwnedTensor> tensors);
+
   const ModelConfig& config() const { return config_; }
   bool Has(std::string_view name) const;
   // CHECK-fails on a name that TensorInventory(config()) does not list.
@@ -106,6 +114,7 @@ class Checkpoint {
  private:
   ModelConfig config_;
   std::vector<std::unique_ptr<SafetensorsFile>> shards_;
+  std::vector<OwnedTensor> owned_;  // of a checkpoint that has no shards
   absl::flat_hash_map<std::string, const HostTensor*> tensors_;
   // Tensor -> hex XXH3-128 of its bytes, filled if Open had to compute them.
   absl::flat_hash_map<std::string, std::string> tensor_hashes_;

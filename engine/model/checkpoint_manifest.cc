@@ -6,8 +6,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/model/safetensors_writer.h"
-#include "engine/strict_json.h"
 #include "engine/status.h"
+#include "engine/strict_json.h"
 
 namespace millrace {
 namespace {

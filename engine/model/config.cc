@@ -14,8 +14,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "engine/model/mapped_file.h"
-#include "engine/strict_json.h"
 #include "engine/status.h"
+#include "engine/strict_json.h"
 #include "nlohmann/json.hpp"
 
 namespace millrace {

@@ -9,7 +9,6 @@
 #include "engine/ops/cuda_norm_rope.h"
 #include "engine/ops/cuda_quantise.h"
 #include "engine/ops/cuda_sparse_attention.h"
-#include "engine/ops/rounding.h"
 #include "engine/status.h"
 
 namespace millrace::cuda {
@@ -130,8 +129,6 @@ absl::StatusOr<std::unique_ptr<CudaForward>> CudaForward::Create(const ModelConf
     ASSIGN_OR_RETURN(forward->remote_experts_, PinnedBuffer::Take(pairs * 4, purpose));
     ASSIGN_OR_RETURN(forward->remote_weights_, PinnedBuffer::Take(pairs * 4, purpose));
     ASSIGN_OR_RETURN(forward->remote_out_, PinnedBuffer::Take(pairs * config.hidden_size * 2, purpose));
-    forward->remote_u_.resize(limits.rows * config.hidden_size);
-    forward->remote_result_.resize(pairs * config.hidden_size);
   }
   return forward;
 }
@@ -260,7 +257,7 @@ absl::Status CudaForward::Moe(int layer, const LayerWeights& w, const PassView& 
   return absl::OkStatus();
 }
 
-// The exchange speaks host F32 (values are BF16's): the step leaves the device here, and says so in engine.h.
+// The exchange speaks host memory: the step leaves the device here. Rows stay in BF16 and where copies put them.
 absl::Status CudaForward::RemoteExperts(int layer, int64_t rows, const std::function<void()>& meanwhile) {
   const int64_t hidden = config_.hidden_size, pairs = rows * config_.num_experts_per_tok;
   cudaStream_t s = stream_.get();
@@ -268,16 +265,12 @@ absl::Status CudaForward::RemoteExperts(int layer, int64_t rows, const std::func
   CUDA_CHECK(cudaMemcpyAsync(remote_experts_.data(), a_.experts, pairs * 4, cudaMemcpyDeviceToHost, s));
   CUDA_CHECK(cudaMemcpyAsync(remote_weights_.data(), a_.expert_weights, pairs * 4, cudaMemcpyDeviceToHost, s));
   stream_.Wait();
-  const auto* u = reinterpret_cast<const uint16_t*>(remote_rows_.data());
-  for (int64_t i = 0; i < rows * hidden; ++i) remote_u_[i] = DecodeBf16(u[i]);
-  RETURN_IF_ERROR(exchange_->Dispatch({layer, rows, hidden, config_.num_experts_per_tok, remote_u_.data(),
+  RETURN_IF_ERROR(exchange_->Dispatch({layer, rows, hidden, config_.num_experts_per_tok, remote_rows_.data(),
                                        reinterpret_cast<const int32_t*>(remote_experts_.data()),
-                                       reinterpret_cast<const float*>(remote_weights_.data())}));
+                                       reinterpret_cast<const float*>(remote_weights_.data()), RowFormat::kBf16}));
   meanwhile();
-  RETURN_IF_ERROR(exchange_->Combine(remote_result_.data()));
-  auto* out = reinterpret_cast<uint16_t*>(remote_out_.data());
-  for (int64_t i = 0; i < pairs * hidden; ++i) out[i] = EncodeBf16(remote_result_[i]);
-  CUDA_CHECK(cudaMemcpyAsync(a_.expert_rows, out, pairs * hidden * 2, cudaMemcpyHostToDevice, s));
+  RETURN_IF_ERROR(exchange_->Combine(remote_out_.data()));
+  CUDA_CHECK(cudaMemcpyAsync(a_.expert_rows, remote_out_.data(), pairs * hidden * 2, cudaMemcpyHostToDevice, s));
   return absl::OkStatus();
 }
 

@@ -129,7 +129,6 @@ class CudaForward {
   Activations a_;
   // Rows on their way to and from experts elsewhere.
   PinnedBuffer remote_rows_, remote_experts_, remote_weights_, remote_out_;
-  std::vector<float> remote_u_, remote_result_;
 };
 
 }  // namespace millrace::cuda

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <optional>
 
 #include "absl/strings/str_cat.h"
@@ -42,10 +43,10 @@ class Loader {
 
   absl::StatusOr<ModelWeights> Model(bool mtp, bool with_experts) {
     const ModelConfig& config = c_.config();
-    if (staging_ != nullptr && with_experts) {
-      ASSIGN_OR_RETURN(raw_expert_,
-                       DeviceBuffer::Take(RawExpertBytes(config) + 4, "an expert on its way to be packed"));
-      CUDA_CHECK(cudaMemsetAsync(out_of_range(), 0, 4, stream_->get()));
+    if (with_experts) {
+      all_experts_.resize(config.n_routed_experts);
+      std::iota(all_experts_.begin(), all_experts_.end(), 0);
+      RETURN_IF_ERROR(PrepareToPack());
     }
     ModelWeights w;
     w.embed = static_cast<const Bf16*>(Linear("embed.weight").data);
@@ -73,7 +74,30 @@ class Loader {
     return w;
   }
 
+  absl::StatusOr<std::vector<ExpertWeights>> Routed(absl::Span<const int> ids, bool mtp) {
+    RETURN_IF_ERROR(PrepareToPack());
+    std::vector<ExpertWeights> layers;
+    for (int n = 0; n < c_.config().num_hidden_layers; ++n) {
+      layers.push_back(Experts(absl::StrCat("layers.", n, ".ffn.experts."), ids));
+      Report();
+    }
+    if (mtp) {
+      layers.push_back(Experts("mtp.0.ffn.experts.", ids));
+      Report();
+    }
+    if (stream_) stream_->Wait();
+    RETURN_IF_ERROR(refused_);
+    return layers;
+  }
+
  private:
+  absl::Status PrepareToPack() {
+    if (staging_ == nullptr) return absl::OkStatus();
+    ASSIGN_OR_RETURN(raw_expert_,
+                     DeviceBuffer::Take(RawExpertBytes(c_.config()) + 4, "an expert on its way to be packed"));
+    CUDA_CHECK(cudaMemsetAsync(out_of_range(), 0, 4, stream_->get()));
+    return absl::OkStatus();
+  }
   void Refuse(const absl::Status& status) {
     if (refused_.ok()) refused_ = status;
   }
@@ -170,10 +194,10 @@ class Loader {
 
   // Packed one by one from a copy of the checkpoint's bytes. All on one stream: the next expert's copy waits for the
   // packing of the last.
-  ExpertWeights Experts(const std::string& prefix) {
+  ExpertWeights Experts(const std::string& prefix, absl::Span<const int> ids) {
     const ModelConfig& config = c_.config();
     ExpertWeights w;
-    w.num_experts = config.n_routed_experts;
+    w.num_experts = static_cast<int>(ids.size());
     w.hidden = config.hidden_size;
     w.width = config.moe_intermediate_size;
     const int64_t gate_up_bytes = PackedGateUpBytes(w.hidden, w.width), down_bytes = PackedDownBytes(w.hidden, w.width);
@@ -182,10 +206,10 @@ class Loader {
     w.gate_up = gate_up;
     w.down = down;
     if (staging_ == nullptr || !refused_.ok()) return w;
-    for (int e = 0; e < w.num_experts; ++e) {
+    for (int place = 0; place < w.num_experts; ++place) {
       Bump raw_bump(raw_expert_.data());
       const auto put = [&](const char* tensor) {
-        const HostTensor& t = c_.Get(absl::StrCat(prefix, e, ".", tensor));
+        const HostTensor& t = c_.Get(absl::StrCat(prefix, ids[place], ".", tensor));
         uint8_t* to = raw_bump.Take<uint8_t>(t.bytes);
         Copy(to, t.data, t.bytes);
         return to;
@@ -197,7 +221,7 @@ class Loader {
       raw.w1_scales = put("w1.scale");
       raw.w2_scales = put("w2.scale");
       raw.w3_scales = put("w3.scale");
-      PackExpert(raw, w.hidden, w.width, gate_up + e * gate_up_bytes, down + e * down_bytes, out_of_range(),
+      PackExpert(raw, w.hidden, w.width, gate_up + place * gate_up_bytes, down + place * down_bytes, out_of_range(),
                  stream_->get());
     }
     int32_t bad = 0;
@@ -262,7 +286,7 @@ class Loader {
     }
     w.shared_up = Stack({p + "ffn.shared_experts.w1.weight", p + "ffn.shared_experts.w3.weight"});
     w.shared_w2 = Linear(p + "ffn.shared_experts.w2.weight");
-    if (with_experts) w.experts = Experts(p + "ffn.experts.");
+    if (with_experts) w.experts = Experts(p + "ffn.experts.", all_experts_);
     return w;
   }
 
@@ -280,6 +304,7 @@ class Loader {
   std::optional<Stream> stream_;
   std::vector<Event> copied_ = std::vector<Event>(staging_ != nullptr ? 2 : 0);
   int64_t pieces_ = 0;
+  std::vector<int> all_experts_;
   DeviceBuffer raw_expert_;
   absl::Status refused_;
 };
@@ -298,6 +323,21 @@ absl::StatusOr<ModelWeights> ModelWeights::Load(const Checkpoint& checkpoint, bo
   ASSIGN_OR_RETURN(const PinnedBuffer staging, PinnedBuffer::Take(kStagingBytes, "staging of weights"));
   const int64_t total = Bytes(checkpoint, mtp, with_experts);
   return Loader(checkpoint, bump, &staging, progress, total).Model(mtp, with_experts);
+}
+
+int64_t RoutedExpertBytes(const Checkpoint& checkpoint, absl::Span<const int> ids, bool mtp) {
+  Bump counting;
+  const auto counted = Loader(checkpoint, counting, nullptr, nullptr, 0).Routed(ids, mtp);
+  static_cast<void>(counted);
+  return counting.used();
+}
+
+absl::StatusOr<std::vector<ExpertWeights>> LoadRoutedExperts(const Checkpoint& checkpoint, absl::Span<const int> ids,
+                                                             bool mtp, Bump& bump,
+                                                             const std::function<void(int64_t, int64_t)>& progress) {
+  ASSIGN_OR_RETURN(const PinnedBuffer staging, PinnedBuffer::Take(kStagingBytes, "staging of weights"));
+  const int64_t total = RoutedExpertBytes(checkpoint, ids, mtp);
+  return Loader(checkpoint, bump, &staging, progress, total).Routed(ids, mtp);
 }
 
 }  // namespace millrace::cuda

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "engine/device/cuda_device.h"
 #include "engine/model/checkpoint.h"
 #include "engine/ops/cuda_compressor.h"
@@ -70,5 +71,12 @@ struct ModelWeights {
   static absl::StatusOr<ModelWeights> Load(const Checkpoint& checkpoint, bool mtp, bool with_experts, Bump& bump,
                                            const std::function<void(int64_t, int64_t)>& progress);
 };
+
+// The routed experts `ids` of every layer, the MTP module's last if asked for: what a member of an expert pool holds.
+// An expert's place in an ExpertWeights is its place in `ids`. Bytes and errors as above.
+int64_t RoutedExpertBytes(const Checkpoint& checkpoint, absl::Span<const int> ids, bool mtp);
+absl::StatusOr<std::vector<ExpertWeights>> LoadRoutedExperts(const Checkpoint& checkpoint, absl::Span<const int> ids,
+                                                             bool mtp, Bump& bump,
+                                                             const std::function<void(int64_t, int64_t)>& progress);
 
 }  // namespace millrace::cuda

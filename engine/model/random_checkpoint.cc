@@ -10,10 +10,14 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <functional>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -134,10 +138,12 @@ std::vector<Word> MakeTable(Encode encode) {
   return table;
 }
 
-// Sends `elements` draws of `table` to the writer, a chunk at a time.
+// Where a tensor's bytes go, in order: a file or memory.
+using Sink = std::function<absl::Status(const void* data, int64_t bytes)>;
+
+// Sends `elements` draws of `table` to the sink, a chunk at a time.
 template <typename Word>
-absl::Status AppendDraws(SafetensorsWriter& writer, const std::vector<Word>& table, int64_t elements,
-                         SplitMix64& random) {
+absl::Status AppendDraws(const Sink& sink, const std::vector<Word>& table, int64_t elements, SplitMix64& random) {
   std::vector<Word> chunk(
       static_cast<size_t>(std::min<int64_t>(elements, kChunkBytes / static_cast<int64_t>(sizeof(Word)))));
   while (elements > 0) {
@@ -146,14 +152,13 @@ absl::Status AppendDraws(SafetensorsWriter& writer, const std::vector<Word>& tab
       const uint64_t bits = random.Next();
       for (size_t j = 0; j < 4 && i + j < n; ++j) chunk[i + j] = table[(bits >> (16 * j)) % kTableSize];
     }
-    RETURN_IF_ERROR(writer.Append(chunk.data(), static_cast<int64_t>(n * sizeof(Word))));
+    RETURN_IF_ERROR(sink(chunk.data(), static_cast<int64_t>(n * sizeof(Word))));
     elements -= static_cast<int64_t>(n);
   }
   return absl::OkStatus();
 }
 
-absl::Status AppendExpertIds(SafetensorsWriter& writer, const TensorSpec& spec, int64_t num_experts,
-                             SplitMix64& random) {
+absl::Status AppendExpertIds(const Sink& sink, const TensorSpec& spec, int64_t num_experts, SplitMix64& random) {
   std::vector<int64_t> ids;
   for (int64_t token = 0; token < spec.shape[0]; ++token) {
     const size_t row = ids.size();
@@ -162,14 +167,14 @@ absl::Status AppendExpertIds(SafetensorsWriter& writer, const TensorSpec& spec, 
       if (std::find(ids.begin() + static_cast<int64_t>(row), ids.end(), id) == ids.end()) ids.push_back(id);
     }
   }
-  return writer.Append(ids.data(), static_cast<int64_t>(ids.size() * sizeof(int64_t)));
+  return sink(ids.data(), static_cast<int64_t>(ids.size() * sizeof(int64_t)));
 }
 
 // `weight` is the tensor itself, or for a scale tensor the weight that it scales.
-absl::Status AppendTensor(SafetensorsWriter& writer, const TensorSpec& spec, const TensorSpec& weight, DType dtype,
+absl::Status AppendTensor(const Sink& sink, const TensorSpec& spec, const TensorSpec& weight, DType dtype,
                           int64_t num_experts, uint64_t seed) {
   SplitMix64 random(XXH3_64bits_withSeed(spec.name.data(), spec.name.size(), seed));
-  if (dtype == DType::kI64) return AppendExpertIds(writer, spec, num_experts, random);
+  if (dtype == DType::kI64) return AppendExpertIds(sink, spec, num_experts, random);
   const bool fp4 = weight.dtype == DType::kI8;
   const bool packed = fp4 && (dtype == DType::kI8 || dtype == DType::kF8E8M0);
   const int64_t fan_in = weight.shape.back() * (packed ? 2 : 1);
@@ -184,23 +189,23 @@ absl::Status AppendTensor(SafetensorsWriter& writer, const TensorSpec& spec, con
   const auto code = [&](int i) { return static_cast<float>(scaled.sigma) * normal[static_cast<size_t>(i)]; };
   switch (dtype) {
     case DType::kF32:
-      return AppendDraws(writer, MakeTable<float>(value), elements, random);
+      return AppendDraws(sink, MakeTable<float>(value), elements, random);
     case DType::kBF16:
-      return AppendDraws(writer, MakeTable<uint16_t>([&](int i) { return ToBf16(value(i)); }), elements, random);
+      return AppendDraws(sink, MakeTable<uint16_t>([&](int i) { return ToBf16(value(i)); }), elements, random);
     case DType::kF8E4M3:
-      return AppendDraws(writer, MakeTable<uint8_t>([&](int i) { return ToE4m3(code(i)); }), elements, random);
+      return AppendDraws(sink, MakeTable<uint8_t>([&](int i) { return ToE4m3(code(i)); }), elements, random);
     case DType::kI8: {  // two values a byte, the even one in the low nibble; 1,597 is coprime to the table's size
       const auto pair = [&](int i) {
         return static_cast<uint8_t>(ToE2m1(code(i)) | ToE2m1(code(i * 1597 % kTableSize)) << 4);
       };
-      return AppendDraws(writer, MakeTable<uint8_t>(pair), elements, random);
+      return AppendDraws(sink, MakeTable<uint8_t>(pair), elements, random);
     }
     case DType::kF8E8M0: {  // one block in four twice as large, one half: scales must matter
       const auto scale = [&](int i) {
         const int shift = i % 4 == 0 ? -1 : i % 4 == 1 ? 1 : 0;
         return static_cast<uint8_t>(127 + scaled.exponent + shift);
       };
-      return AppendDraws(writer, MakeTable<uint8_t>(scale), elements, random);
+      return AppendDraws(sink, MakeTable<uint8_t>(scale), elements, random);
     }
     default:
       CHECK(false, absl::StrCat(spec.name, " has an unexpected dtype"));
@@ -260,6 +265,13 @@ Plan MakePlan(const ModelConfig& config, int64_t max_shard_bytes) {
   return plan;
 }
 
+absl::Status AppendTensor(const Sink& sink, const Plan& plan, size_t i, const ModelConfig& config, uint64_t seed) {
+  const TensorSpec& spec = plan.inventory[i];
+  // The inventory lists a scale right after its weight.
+  const TensorSpec& weight = spec.dtype == DType::kF8E8M0 ? plan.inventory[i - 1] : spec;
+  return AppendTensor(sink, spec, weight, plan.table[i].dtype, config.n_routed_experts, seed);
+}
+
 // Writes everything but config.json. `written` names each file that exists, for the caller to remove after an error.
 absl::Status WriteShardsAndIndex(const ModelConfig& config, const Plan& plan, const std::string& out_dir,
                                  const RandomCheckpointOptions& options, std::vector<std::string>& written) {
@@ -272,11 +284,9 @@ absl::Status WriteShardsAndIndex(const ModelConfig& config, const Plan& plan, co
     ASSIGN_OR_RETURN(const std::unique_ptr<SafetensorsWriter> writer,
                      SafetensorsWriter::Create(absl::StrCat(out_dir, "/", file), shard_table));
     for (const size_t i : plan.shards[s]) {
-      const TensorSpec& spec = plan.inventory[i];
-      // The inventory lists a scale right after its weight.
-      const TensorSpec& weight = spec.dtype == DType::kF8E8M0 ? plan.inventory[i - 1] : spec;
-      RETURN_IF_ERROR(AppendTensor(*writer, spec, weight, plan.table[i].dtype, config.n_routed_experts, options.seed));
-      weight_map[spec.name] = file;
+      const auto to_file = [&writer](const void* data, int64_t bytes) { return writer->Append(data, bytes); };
+      RETURN_IF_ERROR(AppendTensor(to_file, plan, i, config, options.seed));
+      weight_map[plan.inventory[i].name] = file;
       done += plan.bytes[i];
       if (options.progress) options.progress(done, plan.all);
     }
@@ -305,6 +315,36 @@ absl::Status MakeRandomCheckpoint(const std::string& config_json, const std::str
   std::error_code ignored;
   for (const std::string& file : written) std::filesystem::remove(absl::StrCat(out_dir, "/", file), ignored);
   return status;
+}
+
+absl::StatusOr<std::unique_ptr<Checkpoint>> RandomCheckpointInMemory(const std::string& config_json,
+                                                                     const RandomCheckpointOptions& options) {
+  ASSIGN_OR_RETURN(const ModelConfig config, ModelConfig::Parse(config_json));
+  const Plan plan = MakePlan(config, options.max_shard_bytes);
+  std::vector<Checkpoint::OwnedTensor> tensors(plan.inventory.size());
+  std::atomic<size_t> next{0};
+  const auto fill = [&] {
+    for (size_t i; (i = next.fetch_add(1)) < tensors.size();) {
+      Checkpoint::OwnedTensor& t = tensors[i];
+      // Not value-initialised: every byte is drawn.
+      t.memory.reset(new uint8_t[static_cast<size_t>(plan.bytes[i])]);
+      t.name = plan.inventory[i].name;
+      t.tensor = {plan.table[i].dtype, plan.table[i].shape, t.memory.get(), plan.bytes[i]};
+      uint8_t* to = t.memory.get();
+      const absl::Status filled = AppendTensor(
+          [&to](const void* data, int64_t bytes) {
+            std::memcpy(to, data, static_cast<size_t>(bytes));
+            to += bytes;
+            return absl::OkStatus();
+          },
+          plan, i, config, options.seed);
+      CHECK(filled.ok() && to == t.memory.get() + plan.bytes[i], t.name);
+    }
+  };
+  std::vector<std::thread> threads(std::clamp<size_t>(std::thread::hardware_concurrency(), 1, 16));
+  for (std::thread& thread : threads) thread = std::thread(fill);
+  for (std::thread& thread : threads) thread.join();
+  return Checkpoint::FromMemory(config, std::move(tensors));
 }
 
 absl::Status MakeRandomCheckpoint(ModelPreset preset, PresetChanges changes, const std::string& out_dir,

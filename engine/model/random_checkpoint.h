@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writes a checkpoint of random weights in the released format: for tests, benchmarks and `inspect --make-random`.
+// Makes a checkpoint of random weights in the released format, on disk or in memory: for tests, benchmarks and `inspect
+// --make-random`.
 //
 // Magnitudes are those of an initialised network (every linear keeps the variance of its input), so activations stay
 // finite through any number of layers; text out of it is noise. A tensor's bytes depend on the seed and its name only:
@@ -8,9 +9,12 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/model/checkpoint.h"
 #include "engine/model/preset_config.h"
 
 namespace millrace {
@@ -30,5 +34,9 @@ absl::Status MakeRandomCheckpoint(const std::string& config_json, const std::str
 // The same for a preset cut to `changes`.
 absl::Status MakeRandomCheckpoint(ModelPreset preset, PresetChanges changes, const std::string& out_dir,
                                   const RandomCheckpointOptions& options = {});
+
+// The same bytes without a disk, drawn by several threads; `max_shard_bytes` and `progress` are not used.
+absl::StatusOr<std::unique_ptr<Checkpoint>> RandomCheckpointInMemory(const std::string& config_json,
+                                                                     const RandomCheckpointOptions& options = {});
 
 }  // namespace millrace

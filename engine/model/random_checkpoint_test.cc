@@ -62,6 +62,16 @@ TEST_F(RandomCheckpointTest, BytesDependOnSeedAndNameOnly) {
   EXPECT_EQ(std::memcmp(a.data, b.data, static_cast<size_t>(a.bytes)), 0);
 }
 
+TEST_F(RandomCheckpointTest, MemoryHoldsWhatAFileWould) {
+  const auto file = Make("file", kSmall, {.seed = 3});
+  const auto memory = RandomCheckpointInMemory(PresetConfigJson(ModelPreset::kTiny, kSmall), {.seed = 3});
+  ASSERT_TRUE(file != nullptr && memory.ok()) << memory.status();
+  EXPECT_EQ((*memory)->ContentHash(), file->ContentHash());
+  EXPECT_EQ((*memory)->total_bytes(), file->total_bytes());
+  EXPECT_FALSE((*memory)->Has("layers.9.attn.wq_b.weight"));
+  EXPECT_FALSE(RandomCheckpointInMemory("{}").ok());
+}
+
 TEST_F(RandomCheckpointTest, LinearsKeepTheVarianceOfTheirInput) {
   const auto checkpoint = Make("one", kSmall);
   ASSERT_NE(checkpoint, nullptr);

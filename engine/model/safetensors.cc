@@ -18,8 +18,8 @@
 #include "engine/absl_view.h"
 #include "engine/model/checkpoint.h"
 #include "engine/model/mapped_file.h"
-#include "engine/strict_json.h"
 #include "engine/status.h"
+#include "engine/strict_json.h"
 
 namespace millrace {
 namespace {

@@ -14,8 +14,8 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "engine/strict_json.h"
 #include "engine/status.h"
+#include "engine/strict_json.h"
 
 namespace millrace {
 namespace {

@@ -8,8 +8,10 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "absl/status/status.h"
+#include "engine/moe/expert_rows.h"
 
 namespace millrace {
 
@@ -18,9 +20,10 @@ struct ExpertBatch {
   int64_t num_tokens = 0;
   int64_t hidden = 0;
   int top_k = 0;
-  const float* rows = nullptr;       // [num_tokens, hidden]; values are BF16-representable in `release`
-  const int32_t* experts = nullptr;  // [num_tokens, top_k], ascending in each row
-  const float* weights = nullptr;    // [num_tokens, top_k], routing weight of each expert
+  const void* rows = nullptr;          // [num_tokens, hidden]; values are BF16-representable in `release`
+  const int32_t* experts = nullptr;    // [num_tokens, top_k], ascending in each row
+  const float* weights = nullptr;      // [num_tokens, top_k], routing weight of each expert
+  RowFormat format = RowFormat::kF32;  // of rows and of what Combine fills
 };
 
 class ExpertExchange {
@@ -31,7 +34,9 @@ class ExpertExchange {
   // Waits (bounded) and fills expert_rows [num_tokens, top_k, hidden], in the order of batch.experts; values are
   // BF16-representable in `release`. On error the batch is over and nothing of it may be used: a missing expert is
   // never skipped.
-  virtual absl::Status Combine(float* expert_rows) = 0;
+  virtual absl::Status Combine(void* expert_rows) = 0;
+  // What fixes the bits of the rows that come back (engine.h). Any thread.
+  virtual std::string KernelSet() const = 0;
 };
 
 }  // namespace millrace

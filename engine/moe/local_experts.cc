@@ -8,6 +8,7 @@
 #include "engine/cache/cache_layout.h"
 #include "engine/model/weights.h"
 #include "engine/ops/cpu_ops.h"
+#include "engine/ops/vector_cpu.h"
 #include "engine/status.h"
 
 namespace millrace {
@@ -32,21 +33,26 @@ struct LocalExperts::Impl {
   std::vector<float> rows, gate, up, out, weights;
 };
 
+absl::Status CompleteExpertIds(const ModelConfig& config, std::vector<int>& experts) {
+  if (experts.empty()) {
+    for (int e = 0; e < config.n_routed_experts; ++e) experts.push_back(e);
+  }
+  for (int e : experts) {
+    if (e < 0 || e >= config.n_routed_experts) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("experts: found ", e, ", allowed 0 to ", config.n_routed_experts - 1));
+    }
+  }
+  return absl::OkStatus();
+}
+
 LocalExperts::LocalExperts(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 LocalExperts::~LocalExperts() = default;
 
 absl::StatusOr<std::unique_ptr<LocalExperts>> LocalExperts::Create(const Checkpoint& checkpoint,
                                                                    LocalExpertsOptions options) {
   const ModelConfig& config = checkpoint.config();
-  if (options.experts.empty()) {
-    for (int e = 0; e < config.n_routed_experts; ++e) options.experts.push_back(e);
-  }
-  for (int e : options.experts) {
-    if (e < 0 || e >= config.n_routed_experts) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("experts: found ", e, ", allowed 0 to ", config.n_routed_experts - 1));
-    }
-  }
+  RETURN_IF_ERROR(CompleteExpertIds(config, options.experts));
   auto impl = std::make_unique<Impl>(config, options);
   const int layers = config.num_hidden_layers + (options.mtp && config.has_mtp() ? 1 : 0);
   for (int layer = 0; layer < layers; ++layer) {
@@ -72,8 +78,10 @@ bool LocalExperts::Has(int layer, int expert) const {
 
 int64_t LocalExperts::weight_bytes() const { return impl_->bytes; }
 
-absl::Status LocalExperts::Compute(int layer, int expert, const float* rows, const float* weights, int64_t num_rows,
-                                   float* out) {
+std::string LocalExperts::KernelSet() const { return vec::KernelSet(); }
+
+absl::Status LocalExperts::ComputeOne(int layer, int expert, const float* rows, const float* weights, int64_t num_rows,
+                                      float* out) {
   if (!Has(layer, expert)) {
     return absl::NotFoundError(absl::StrCat("layer ", layer, " expert ", expert, " is not loaded here"));
   }
@@ -89,15 +97,41 @@ absl::Status LocalExperts::Compute(int layer, int expert, const float* rows, con
   return absl::OkStatus();
 }
 
+absl::Status LocalExperts::Compute(const ExpertPairs& pairs, void* out) {
+  Impl& m = *impl_;
+  const int64_t hidden = m.config.hidden_size, row_bytes = RowBytes(pairs.format, hidden);
+  const auto* rows = static_cast<const uint8_t*>(pairs.rows);
+  auto* to = static_cast<uint8_t*>(out);
+  size_t pair = 0;
+  for (const ExpertGroup& group : pairs.groups) {
+    m.rows.resize(std::max<size_t>(m.rows.size(), group.count * hidden));
+    m.out.resize(std::max<size_t>(m.out.size(), group.count * hidden));
+    for (int64_t i = 0; i < group.count; ++i) {
+      ConvertRow(rows + pairs.pair_rows[pair + i] * row_bytes, pairs.format, hidden, RowFormat::kF32,
+                 m.rows.data() + i * hidden);
+    }
+    RETURN_IF_ERROR(ComputeOne(pairs.layer, static_cast<int>(group.expert), m.rows.data(), &pairs.weights[pair],
+                               group.count, m.out.data()));
+    for (int64_t i = 0; i < group.count; ++i, to += row_bytes) {
+      ConvertRow(m.out.data() + i * hidden, RowFormat::kF32, hidden, pairs.format, to);
+    }
+    pair += group.count;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status LocalExperts::Dispatch(const ExpertBatch& batch) {
+  CHECK(batch.format == RowFormat::kF32, "the engine that owns these experts has F32 rows");
   impl_->batch = batch;
   return absl::OkStatus();
 }
 
-absl::Status LocalExperts::Combine(float* expert_rows) {
+absl::Status LocalExperts::Combine(void* expert_rows) {
   Impl& m = *impl_;
   const ExpertBatch& b = m.batch;
   const int64_t pairs = b.num_tokens * b.top_k;
+  const auto* batch_rows = static_cast<const float*>(b.rows);
+  auto* to = static_cast<float*>(expert_rows);
   // Pairs by expert: each expert runs once over all its rows.
   std::vector<std::vector<int64_t>> by_expert(m.config.n_routed_experts);
   for (int64_t i = 0; i < pairs; ++i) by_expert[b.experts[i]].push_back(i);
@@ -109,12 +143,11 @@ absl::Status LocalExperts::Combine(float* expert_rows) {
     m.out.resize(std::max<size_t>(m.out.size(), n * b.hidden));
     m.weights.resize(std::max<size_t>(m.weights.size(), n));
     for (int64_t i = 0; i < n; ++i) {
-      std::copy_n(b.rows + mine[i] / b.top_k * b.hidden, b.hidden, m.rows.data() + i * b.hidden);
+      std::copy_n(batch_rows + mine[i] / b.top_k * b.hidden, b.hidden, m.rows.data() + i * b.hidden);
       m.weights[i] = b.weights[mine[i]];
     }
-    RETURN_IF_ERROR(Compute(b.layer, e, m.rows.data(), m.weights.data(), n, m.out.data()));
-    for (int64_t i = 0; i < n; ++i)
-      std::copy_n(m.out.data() + i * b.hidden, b.hidden, expert_rows + mine[i] * b.hidden);
+    RETURN_IF_ERROR(ComputeOne(b.layer, e, m.rows.data(), m.weights.data(), n, m.out.data()));
+    for (int64_t i = 0; i < n; ++i) std::copy_n(m.out.data() + i * b.hidden, b.hidden, to + mine[i] * b.hidden);
   }
   return absl::OkStatus();
 }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The weights of a set of routed experts and the arithmetic on them, in this process.
 //
-// Used by the engine when no pool is configured, and by the expert service for its share. What one (row, expert) gives
-// does not depend on which other rows or experts are asked for. Thread: one at a time.
+// Used by the CPU engine when no pool is configured, and by the expert service for its share. Thread: one at a time.
 #pragma once
 
 #include <functional>
@@ -13,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "engine/model/checkpoint.h"
+#include "engine/moe/expert_computer.h"
 #include "engine/moe/expert_exchange.h"
 #include "engine/numerics.h"
 
@@ -26,24 +26,31 @@ struct LocalExpertsOptions {
   bool mtp = false;
   int num_threads = 1;
   std::function<void(int64_t, int64_t)> progress;  // bytes done, bytes in all
+  std::function<void(const std::string&)> notice;  // a line on what start-up takes of a device
 };
 
-class LocalExperts : public ExpertExchange {
+// Makes an empty list all experts; InvalidArgument: an id beyond the model's.
+absl::Status CompleteExpertIds(const ModelConfig& config, std::vector<int>& experts);
+
+class LocalExperts : public ExpertExchange, public ExpertComputer {
  public:
   static absl::StatusOr<std::unique_ptr<LocalExperts>> Create(const Checkpoint& checkpoint,
                                                               LocalExpertsOptions options);
   ~LocalExperts() override;
 
+  // Of the batch's formats it takes F32, which is what the CPU engine has.
   absl::Status Dispatch(const ExpertBatch& batch) override;
-  absl::Status Combine(float* expert_rows) override;
+  absl::Status Combine(void* expert_rows) override;
 
-  // One expert on `num_rows` rows: rows [num_rows, D], weights [num_rows] -> out [num_rows, D]. The expert must be
-  // loaded here (NotFound otherwise).
-  absl::Status Compute(int layer, int expert, const float* rows, const float* weights, int64_t num_rows, float* out);
-  bool Has(int layer, int expert) const;
-  int64_t weight_bytes() const;
+  absl::Status Compute(const ExpertPairs& pairs, void* out) override;
+  bool Has(int layer, int expert) const override;
+  int64_t weight_bytes() const override;
+  std::string KernelSet() const override;
 
  private:
+  // One expert on `num_rows` rows: rows [num_rows, D], weights [num_rows] -> out [num_rows, D].
+  absl::Status ComputeOne(int layer, int expert, const float* rows, const float* weights, int64_t num_rows, float* out);
+
   struct Impl;
   explicit LocalExperts(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;

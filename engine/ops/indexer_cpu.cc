@@ -13,6 +13,7 @@
 #include "engine/ops/index_score_cpu.h"
 #include "engine/ops/rounding.h"
 #include "engine/ops/vector_cpu.h"
+#include "engine/round_up.h"
 
 namespace millrace {
 namespace {
@@ -37,8 +38,6 @@ void TopK(const float* scores, int64_t n, int k, std::vector<uint64_t>& scratch,
     if (key(i) >= last) out.push_back(i);
   }
 }
-
-int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 

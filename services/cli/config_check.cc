@@ -171,7 +171,11 @@ class Check {
     for (const auto& section : config_.decode()) AddWorker("decode", section, section.max_batch());
     for (int i = 0; i < config_.expert_size(); ++i) {
       const auto experts = WorkerConfig{config_, v1::ROLE_EXPERT, i}.ExpertsOf(model_.config.n_routed_experts);
-      ProcessNeed need{.name = config_.expert(i).worker().name(), .role = "expert", .buffers = kProgramBytes};
+      const bool on_gpu = config_.expert(i).device() == "cuda";
+      ProcessNeed need{.name = config_.expert(i).worker().name(),
+                       .role = "expert",
+                       .on_gpu = on_gpu,
+                       .buffers = on_gpu ? kGpuHeadroomBytes : kProgramBytes};
       if (experts.ok()) {
         need.weights = weights_.Routed(static_cast<int64_t>(experts->size()));
       } else {

@@ -39,7 +39,7 @@ struct Finding {
 // What there is. 0: unknown, and not judged.
 struct MemoryBudget {
   int64_t host = 0;             // of the machine, or of each process if they run apart
-  int64_t gpu = 0;              // of the card of each prefill and decode worker
+  int64_t gpu = 0;              // of the card of each worker that has one
   bool one_machine = false;     // all processes share `host`
   std::string host_is, gpu_is;  // for people: "this machine's", "as given"
 };

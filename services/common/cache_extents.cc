@@ -38,7 +38,7 @@ void Digest(ConstMemory content, kvtransfer::DigestDone done) {
 
 }  // namespace
 
-kvtransfer::MemoryFunctions CacheMemoryFunctions() { return {Copy, Digest, kvtransfer::kDigestXxh3}; }
+kvtransfer::MemoryFunctions CacheMemoryFunctions() { return {Copy, Digest, kvtransfer::kDigestXxh3, AttachDevice}; }
 
 kvtransfer::Memory ToMemory(const CacheExtent& extent, DeviceKind device) {
   return {extent.data, static_cast<size_t>(extent.bytes),

@@ -190,6 +190,15 @@ absl::Status CompleteRoles(v1::ClusterConfig& config) {
     RETURN_IF_ERROR(CompleteWorker(path + ".worker", absl::StrCat("expert-", i), *section.mutable_worker(), names));
     NUMBER(path, section, waves, 2, 1, 64);
     NUMBER(path, section, max_queue, 256, 1, 1u << 16);
+    if (section.device().empty()) section.set_device("cpu");
+    RETURN_IF_ERROR(OneOf(path + ".device", section.device(), {"cpu", "cuda"}));
+    if (section.device() != config.expert(0).device()) {
+      return Bad(path + ".device", section.device(),
+                 absl::StrCat(config.expert(0).device(), ", as expert[0]: members of a pool must give the same bits"));
+    }
+    if (section.device() == "cuda" && config.model().device() != "cuda") {
+      return Bad(path + ".device", "cuda", "cpu, as model.device");
+    }
   }
   return absl::OkStatus();
 }
@@ -199,6 +208,11 @@ absl::Status CompleteTransferAndTimers(v1::TransferSection& transfer, v1::TimerS
   RETURN_IF_ERROR(OneOf("transfer.transport", transfer.transport(), {"ucx"}));
   if (transfer.expert_transport().empty()) transfer.set_expert_transport("kvtransfer");
   RETURN_IF_ERROR(OneOf("transfer.expert_transport", transfer.expert_transport(), {"kvtransfer", "grpc"}));
+  if (transfer.device_memory().empty()) transfer.set_device_memory("staged");
+  RETURN_IF_ERROR(OneOf("transfer.device_memory", transfer.device_memory(), {"staged", "direct"}));
+  if (transfer.seal() && transfer.device_memory() == "direct") {
+    return Bad("transfer.device_memory", "direct with transfer.seal", "staged: what is sealed is host memory");
+  }
   NUMBER("transfer", transfer, max_inflight_bytes, 64ull << 20, 1ull << 16, 1ull << 40);
   if (transfer.listen_port() > 65535) {
     return Bad("transfer.listen_port", absl::StrCat(transfer.listen_port()), "0 (any free port) to 65535");

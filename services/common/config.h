@@ -39,6 +39,9 @@ struct WorkerConfig {
   const v1::DecodeSection& decode() const { return cluster.decode(position); }
   const v1::ExpertSection& expert() const { return cluster.expert(position); }
   bool has_expert_pool() const { return cluster.expert_size() > 0; }
+  // Members of a pool are all on one kind of device.
+  bool pool_on_cuda() const { return has_expert_pool() && cluster.expert(0).device() == "cuda"; }
+  const std::string& device() const { return role == v1::ROLE_EXPERT ? expert().device() : cluster.model().device(); }
   // The experts of an expert worker: what it lists, else an even share by position.
   absl::StatusOr<std::vector<int>> ExpertsOf(int num_experts) const;
 };

@@ -26,8 +26,8 @@ constexpr MetricDescription kCatalogue[] = {
     {"process_max_fds", kG, "files", "", "all", "Most file descriptors that may be open."},
     {"process_threads", kG, "threads", "", "all", "Threads."},
     {"process_start_time_seconds", kG, "seconds", "", "all", "Start of the process, since the Unix epoch."},
-    {"millrace_device_memory_bytes", kG, "bytes", "role state worker", "prefill decode",
-     "Memory of the card, free and used by anybody; only where model.device is cuda. As of the last heartbeat."},
+    {"millrace_device_memory_bytes", kG, "bytes", "role state worker", "worker",
+     "Memory of the card, free and used by anybody; only where the worker computes on one. As of the last heartbeat."},
     // Requests, as clients see them.
     {"millrace_http_requests_total", kC, "requests", "code route", "router",
      "HTTP requests answered, by route and status (499: the client left first)."},

@@ -177,6 +177,42 @@ TEST(Config, LimitsHaveDefaultsAndFitEachOther) {
               HasSubstr("router.limits.max_body_bytes_total"));
 }
 
+TEST(Config, APoolIsOnOneDeviceWhichCallersHaveToo) {
+  const auto device = [](const std::string& model, const std::string& experts) {
+    return ParseClusterConfig(
+        R"({"model":{"path":"m","device":")" + model + R"("},"decode":[{}],"expert":[)" + experts + "]}", "/");
+  };
+  // Whatever the callers compute on, a pool that says nothing is on the CPU.
+  for (const char* model : {"cpu", "cuda"}) {
+    const auto config = device(model, "{},{}");
+    ASSERT_TRUE(config.ok()) << config.status();
+    EXPECT_FALSE(SelectWorker(*config, v1::ROLE_EXPERT, "expert-1")->pool_on_cuda());
+    EXPECT_EQ(SelectWorker(*config, v1::ROLE_EXPERT, "expert-1")->device(), "cpu");
+    EXPECT_EQ(SelectWorker(*config, v1::ROLE_DECODE, "")->device(), model);
+  }
+  const auto config = device("cuda", R"({"device":"cuda"},{"device":"cuda"})");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_TRUE(SelectWorker(*config, v1::ROLE_DECODE, "")->pool_on_cuda());
+  EXPECT_EQ(SelectWorker(*config, v1::ROLE_EXPERT, "expert-0")->device(), "cuda");
+  EXPECT_THAT(std::string(device("cuda", R"({"device":"cuda"},{})").status().message()),
+              HasSubstr("expert[1].device: found cpu, allowed cuda, as expert[0]"));
+  EXPECT_THAT(std::string(device("cpu", R"({"device":"cuda"})").status().message()),
+              HasSubstr("expert[0].device: found cuda, allowed cpu, as model.device"));
+  EXPECT_THAT(std::string(device("cuda", R"({"device":"tpu"})").status().message()), HasSubstr("expert[0].device"));
+}
+
+TEST(Config, DeviceMemoryIsStagedUnlessAskedForAndNeverMovedPastTheSeal) {
+  const auto transfer = [](const std::string& members) {
+    return ParseClusterConfig(R"({"model":{"path":"m"},"decode":[{}],"transfer":{)" + members + "}}", "/");
+  };
+  EXPECT_EQ(transfer("")->transfer().device_memory(), "staged");
+  EXPECT_EQ(transfer(R"("device_memory":"direct")")->transfer().device_memory(), "direct");
+  EXPECT_THAT(std::string(transfer(R"("device_memory":"rdma")").status().message()),
+              HasSubstr("transfer.device_memory: found \"rdma\", allowed staged, direct"));
+  EXPECT_THAT(std::string(transfer(R"("device_memory":"direct","seal":true)").status().message()),
+              HasSubstr("transfer.device_memory: found direct with transfer.seal"));
+}
+
 TEST(Config, ExpertSetsAreRangesAndSharesAreEven) {
   EXPECT_THAT(*ParseExpertSet("0-2,5", 8), ElementsAre(0, 1, 2, 5));
   EXPECT_FALSE(ParseExpertSet("0-8", 8).ok());

@@ -136,13 +136,18 @@ std::string WorkerCore::AdvertisedAddress() const {
   return absl::StrCat(host, ":", server_->port());
 }
 
-// Sealed where that is asked for. Debian's UCX knows no CUDA, and one that does needs the device on the transport
-// thread: cache on a card is carried through host buffers wherever it runs.
+bool WorkerCore::DeviceMemoryIsDirect() const {
+  return config_.role != v1::ROLE_EXPERT && config_.device() == "cuda" &&
+         config_.cluster.transfer().device_memory() == "direct";
+}
+
+// Sealed where that is asked for. Cache of a card goes through host buffers unless the document says that UCX is to
+// move it: Debian's knows no CUDA.
 void WorkerCore::Decorate() {
   if (config_.cluster.transfer().seal()) {
     transport_ = kvtransfer::SealTransport(std::move(transport_), kvtransfer::HostMemoryFunctions());
   }
-  if (config_.cluster.model().device() != "cuda") return;
+  if (config_.cluster.model().device() != "cuda" || DeviceMemoryIsDirect()) return;
   transport_ = kvtransfer::StageDeviceMemory(std::move(transport_), CacheMemoryFunctions());
 }
 
@@ -157,7 +162,16 @@ absl::Status WorkerCore::MakeTransport() {
   options.name = config_.worker().name();
   options.listen_address = config_.cluster.transfer().listen_address();
   options.listen_port = static_cast<uint16_t>(config_.cluster.transfer().listen_port());
+  if (DeviceMemoryIsDirect()) {
+    options.memory = CacheMemoryFunctions();
+    RETURN_IF_ERROR(options.memory.attach());  // UCX looks for a card when it starts
+  }
   ASSIGN_OR_RETURN(transport_, kvtransfer::CreateUcxTransport(options));
+  if (DeviceMemoryIsDirect() && !transport_->Supports(kvtransfer::MemoryKind::kDevice)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("transfer.device_memory: found direct, UCX ", kvtransfer::UcxVersion(),
+                     " carries no device memory here (built without CUDA, or UCX_TLS leaves it out); use staged"));
+  }
   Decorate();
   spdlog::info("{} {} transport: {}", RoleWord(config_.role), config_.worker().name(), transport_->Describe());
   return absl::OkStatus();
@@ -207,7 +221,7 @@ void WorkerCore::SetReady(WorkerHooks hooks, v1::WorkerReady ready) {
   ready.set_model_id(config_.cluster.model().id());
   SetModelInfo(registry(), {.role = RoleWord(config_.role),
                             .model = ready.model_id(),
-                            .device = config_.cluster.model().device(),
+                            .device = config_.device(),
                             .numerics = ready.numerics(),
                             .kernel_set = ready.kernel_set(),
                             .compat_hash = ready.compat_hash()});
@@ -257,7 +271,7 @@ void WorkerCore::FillStatus(v1::WorkerStatus& status) {
 void WorkerCore::PublishMetrics() {
   if (!ready_.load()) return;  // the transport may not be there yet
   if (transport_ != nullptr) metrics_.SetTransport(transport_->statistics());
-  if (config_.role == v1::ROLE_EXPERT || config_.cluster.model().device() != "cuda") return;
+  if (config_.device() != "cuda") return;
   if (const auto memory = DeviceMemory(); memory.has_value()) metrics_.SetDeviceMemory(memory->free, memory->total);
 }
 
@@ -286,6 +300,14 @@ void WorkerCore::Drain(const std::function<void()>& refuse, const std::function<
   if (join_ != nullptr) join_->AwaitHeard(std::min(grace, kDrainHeard));
   refuse();
   while (!idle() && MonotonicNow() < end) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+}
+
+void WorkerCore::Drain(EngineLoop* loop, absl::Duration grace) {
+  Drain(
+      [loop] {
+        if (loop != nullptr) loop->Drain();
+      },
+      [loop] { return loop == nullptr || loop->Idle(); }, grace);
 }
 
 void WorkerCore::Shutdown() {

@@ -24,6 +24,7 @@
 #include "millrace/v1/cluster.pb.h"
 #include "services/common/config.h"
 #include "services/common/drain.h"
+#include "services/common/engine_loop.h"
 #include "services/common/incarnation.h"
 #include "services/common/join_client.h"
 #include "services/common/request_trace.h"
@@ -79,6 +80,7 @@ class WorkerCore {
   // Unready at once. When the router has heard it, and so places nothing here any more, `refuse` is called; what comes
   // until then is work like any other. Then waits until `idle` or `grace` is over.
   void Drain(const std::function<void()>& refuse, const std::function<bool()>& idle, absl::Duration grace);
+  void Drain(EngineLoop* loop, absl::Duration grace);  // the same of a loop; null: there is none yet
   void Shutdown();
   bool drain_requested() const { return drain_requested_.load(); }  // the router asked for it
 
@@ -92,6 +94,7 @@ class WorkerCore {
   TraceLog& traces() { return *traces_; }
 
  private:
+  bool DeviceMemoryIsDirect() const;
   void Decorate();
   void SetServing(bool serving);
   prometheus::Registry& registry() { return own_registry_ ? *own_registry_ : *environment_.registry; }

@@ -83,7 +83,7 @@ absl::StatusOr<v1::ReserveResponse> DecodeLoop::DoReserve(const v1::ReserveReque
   const LogScope about = About(lease);
   spdlog::debug("{} granted: {} prompt tokens", LeaseName(lease), lease.prompt_tokens);
   leases_.emplace(lease.id, std::move(lease));
-  live_leases_.store(static_cast<int>(leases_.size()));
+  live_.store(static_cast<int>(leases_.size()));
   return response;
 }
 
@@ -273,7 +273,7 @@ void DecodeLoop::Gone(uint64_t lease_id) {
   CHECK(it != leases_.end(), absl::StrCat("lease ", lease_id, " fenced twice"));
   Lease lease = std::move(it->second);
   leases_.erase(it);
-  live_leases_.store(static_cast<int>(leases_.size()));
+  live_.store(static_cast<int>(leases_.size()));
   engine_.Release(lease.sequence);
   const std::pair<std::string, uint32_t> key{lease.request_id, lease.spec.choice()};
   if (const auto of = lease_of_request_.find(key); of != lease_of_request_.end() && of->second == lease_id) {

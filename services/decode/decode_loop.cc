@@ -3,7 +3,6 @@
 #include "services/decode/decode_loop.h"
 
 #include <algorithm>
-#include <array>
 
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
@@ -15,21 +14,17 @@ namespace {
 
 constexpr absl::Duration kSweep = absl::Milliseconds(500);       // every lease is looked at this often
 constexpr absl::Duration kCommitPoll = absl::Microseconds(500);  // while a commit waits for its last blocks
-constexpr absl::Duration kStopPatience = absl::Seconds(5);       // for fences at the end; each is bounded by itself
 
 }  // namespace
 
 DecodeLoop::DecodeLoop(Engine& engine, kvtransfer::Receiver& receiver, DecodeLoopOptions options,
                        WorkerMetrics* metrics)
-    : engine_(engine),
+    : EngineLoop("decode worker", engine, options.max_commands, metrics),
       receiver_(receiver),
       options_(std::move(options)),
-      metrics_(metrics),
-      commands_(std::make_shared<BoundedQueue<Command>>(options_.max_commands)),
       // Ids of two incarnations differ, so that a lease in a log or a message names one thing.
       next_lease_(options_.incarnation.low << 24) {
-  Publish();
-  thread_ = std::thread([this] { Run(); });
+  Start();
 }
 
 DecodeLoop::~DecodeLoop() { Stop(); }
@@ -40,9 +35,7 @@ template <typename Done>
 void DecodeLoop::Enqueue(Done done, absl::AnyInvocable<void(absl::Time, Done)> run) {
   auto shared = std::make_shared<std::pair<Done, decltype(run)>>(std::move(done), std::move(run));
   Command command = [shared](absl::Time now) { shared->second(now, std::move(shared->first)); };
-  if (!commands_->TryPush(command)) {
-    shared->first(absl::ResourceExhaustedError("the decode worker's command queue is full or closed"));
-  }
+  if (!TryPost(command)) shared->first(Behind());
 }
 
 void DecodeLoop::Reserve(v1::ReserveRequest request,
@@ -109,9 +102,7 @@ void DecodeLoop::Attach(v1::LeaseRef ref, std::shared_ptr<TokenSink> sink, std::
     (*lease)->sink = sink;
     if (const auto call = TraceContext::Parse(traceparent)) (*lease)->decode_parent = call->span;
   };
-  if (!commands_->TryPush(command)) {
-    sink->OnError(absl::ResourceExhaustedError("the decode worker's command queue is full or closed"));
-  }
+  if (!TryPost(command)) sink->OnError(Behind());
 }
 
 void DecodeLoop::Detach(uint64_t lease_id, const TokenSink* sink) {
@@ -130,49 +121,14 @@ void DecodeLoop::KeepOnlyRouter(IncarnationId router, std::string why) {
   });
 }
 
-void DecodeLoop::Drain() {
-  commands_->Post([this](absl::Time) { draining_ = true; });
-}
-
-void DecodeLoop::Stop() {
-  if (!thread_.joinable()) return;
-  commands_->Post([this](absl::Time) {
-    stopping_ = draining_ = true;
-    for (auto& [id, lease] : leases_) End(lease, absl::UnavailableError("the decode worker is stopping"));
-  });
-  thread_.join();
-}
-
-void DecodeLoop::FillStatus(v1::WorkerStatus& status) const {
-  std::lock_guard<std::mutex> lock(status_mutex_);
-  status.MergeFrom(published_);
+void DecodeLoop::EndAll(const absl::Status& why) {
+  for (auto& [id, lease] : leases_) End(lease, why);
 }
 
 // --- The round ---
 
-void DecodeLoop::Run() {
-  absl::Duration wait = kSweep;
-  absl::Time stop_by = absl::InfiniteFuture();
-  for (;;) {
-    std::deque<Command> commands = commands_->DrainFor(wait);
-    const absl::Time now = MonotonicNow();
-    for (Command& command : commands) command(now);
-    if (stopping_) {
-      if (stop_by == absl::InfiniteFuture()) stop_by = now + kStopPatience;
-      if (leases_.empty() || now > stop_by) break;
-    }
-    sched::DecodePlan plan;
-    wait = Round(now, plan);
-    if (!plan.batch.empty()) Step(plan.batch);
-    Publish();
-  }
-  CHECK(leases_.empty(), absl::StrCat(leases_.size(), " leases could not be fenced"));
-  commands_->Close();
-  for (Command& command : commands_->DrainFor(absl::ZeroDuration())) command(MonotonicNow());
-}
-
-// Ends what is over, looks after commits, plans the step. Returns how long the thread may sleep afterwards.
-absl::Duration DecodeLoop::Round(absl::Time now, sched::DecodePlan& plan) {
+// Ends what is over, looks after commits, plans the step and makes it.
+absl::Duration DecodeLoop::Round(absl::Time now) {
   std::vector<sched::DecodeCandidate> candidates;
   bool commit_waits = false;
   absl::Time next_end = now + kSweep;
@@ -186,7 +142,7 @@ absl::Duration DecodeLoop::Round(absl::Time now, sched::DecodePlan& plan) {
                           committed && lease.sink != nullptr && !lease.sink->Congested(), lease.last_step});
     next_end = std::min({next_end, lease.deadline, lease.expires});
   }
-  plan = sched::PlanDecode(candidates, options_.max_batch, ToMicros(now));
+  const sched::DecodePlan plan = sched::PlanDecode(candidates, options_.max_batch, ToMicros(now));
   for (uint64_t id : plan.deadline_passed) {
     End(leases_.at(id),
         absl::DeadlineExceededError(absl::StrCat(LeaseName(leases_.at(id)), ": deadline passed in decode")));
@@ -194,7 +150,10 @@ absl::Duration DecodeLoop::Round(absl::Time now, sched::DecodePlan& plan) {
   for (uint64_t id : plan.lease_ended) {
     End(leases_.at(id), absl::AbortedError(absl::StrCat(LeaseName(leases_.at(id)), " was not renewed in time")));
   }
-  if (!plan.batch.empty()) return absl::ZeroDuration();
+  if (!plan.batch.empty()) {
+    Step(plan.batch);
+    return absl::ZeroDuration();
+  }
   if (commit_waits) return kCommitPoll;
   return std::max(next_end - now, absl::Milliseconds(1));
 }
@@ -219,17 +178,7 @@ void DecodeLoop::Step(const std::vector<uint64_t>& batch) {
     RETURN_IF_ERROR(failpoints::Hit("d.after_step"));
     return forward;
   }();
-  const absl::Duration took = MonotonicNow() - began;
-  {
-    std::lock_guard<std::mutex> lock(status_mutex_);
-    published_.set_steps(published_.steps() + 1);
-    published_.set_last_step_us(static_cast<uint32_t>(absl::ToInt64Microseconds(took)));
-    if (outputs.ok()) published_.set_tokens_total(published_.tokens_total() + batch.size());
-  }
-  if (metrics_ != nullptr) {
-    metrics_->ObserveStep(absl::ToDoubleSeconds(took), static_cast<int64_t>(batch.size()));
-    if (outputs.ok()) metrics_->CountTokens(static_cast<int64_t>(batch.size()));
-  }
+  RecordStep(began, static_cast<int64_t>(batch.size()), outputs.ok());
   for (size_t i = 0; i < batch.size(); ++i) {
     Lease& lease = leases_.at(batch[i]);
     if (!outputs.ok()) {
@@ -259,38 +208,29 @@ void DecodeLoop::DeliverToken(Lease& lease, const ChunkOutput& output) {
 void DecodeLoop::Publish() {
   const CacheUsage usage = engine_.Usage();
   LeaseCounts counts;
-  std::array<int, kWaitReasons> waiting{};
+  Load load;
   for (const auto& [id, lease] : leases_) {
     if (lease.ending) {
       ++counts.ending;
     } else if (lease.phase == v1::LEASE_PHASE_RECEIVING) {
       ++counts.receiving;
-      ++waiting[static_cast<size_t>(WaitReason::kHandoff)];
+      ++load.waiting[static_cast<size_t>(WaitReason::kHandoff)];
     } else {
       ++(lease.phase == v1::LEASE_PHASE_RUNNING ? counts.running : counts.committed);
       if (lease.sink == nullptr) {
-        ++waiting[static_cast<size_t>(WaitReason::kStream)];
+        ++load.waiting[static_cast<size_t>(WaitReason::kStream)];
       } else if (lease.sink->Congested()) {
-        ++waiting[static_cast<size_t>(WaitReason::kReader)];
+        ++load.waiting[static_cast<size_t>(WaitReason::kReader)];
       } else if (lease.last_step + 1 < step_count_) {  // it could have moved, and the last passes were full without it
-        ++waiting[static_cast<size_t>(WaitReason::kBatch)];
+        ++load.waiting[static_cast<size_t>(WaitReason::kBatch)];
       }
     }
   }
-  const int running = counts.committed + counts.running;
-  std::lock_guard<std::mutex> lock(status_mutex_);
-  published_.set_running(running);
-  published_.set_leased(counts.receiving + counts.ending);
-  published_.set_pages_free(usage.pages_free);
-  published_.set_slots_free(usage.slots_free);
-  published_.set_work_pending(running > 0);
-  if (metrics_ == nullptr) return;
-  metrics_->queued().Set(counts.receiving);
-  metrics_->running().Set(running);
-  metrics_->SetLeases(counts);
-  metrics_->SetWaiting(waiting);
-  metrics_->SetPages(usage.pages_free, usage.pages_owned);
-  metrics_->SetSlots(usage.slots_free, usage.slots_total);
+  load.queued = static_cast<uint32_t>(counts.receiving);
+  load.running = static_cast<uint32_t>(counts.committed + counts.running);
+  load.work_pending = load.running > 0;
+  PublishLoad(load, usage, [&](v1::WorkerStatus& status) { status.set_leased(counts.receiving + counts.ending); });
+  if (metrics_ != nullptr) metrics_->SetLeases(counts);
 }
 
 }  // namespace millrace::decode

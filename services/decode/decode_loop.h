@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The engine thread of a decode worker: leases in, tokens out.
 //
-// Runs drain commands -> plan -> step -> publish. It alone touches the engine and the lease table. Handlers on gRPC's
-// threads post commands and are answered through callbacks on this thread. Time enters once per round.
+// A round plans and makes a step (services/common/engine_loop). This thread alone touches the engine and the lease
+// table. Handlers on gRPC's threads post commands and are answered through callbacks on it.
 //
 // Promises: a sequence decodes only after its manifest was verified; a page goes back only after its fence; a lease
 // that is neither renewed nor finished ends; an ended sequence says so to its stream exactly once.
@@ -10,14 +10,12 @@
 // Thread: public methods from any thread; callbacks on the engine thread, and they must not block.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -25,8 +23,7 @@
 #include "engine/engine.h"
 #include "engine/sched/decode_planner.h"
 #include "kvtransfer/receiver.h"
-#include "millrace/v1/cluster.pb.h"
-#include "services/common/bounded_queue.h"
+#include "services/common/engine_loop.h"
 #include "services/common/worker_metrics.h"
 #include "services/decode/lease.h"
 
@@ -45,11 +42,11 @@ struct DecodeLoopOptions {
   TraceLog* traces = nullptr;  // must outlive the loop; null: nothing is recorded
 };
 
-class DecodeLoop {
+class DecodeLoop final : public EngineLoop {
  public:
   // Everything must outlive the loop. `metrics` may be null.
   DecodeLoop(Engine& engine, kvtransfer::Receiver& receiver, DecodeLoopOptions options, WorkerMetrics* metrics);
-  ~DecodeLoop();  // Stop
+  ~DecodeLoop() override;  // Stop
 
   void Reserve(v1::ReserveRequest request, absl::AnyInvocable<void(absl::StatusOr<v1::ReserveResponse>)> done);
   void Renew(v1::RenewRequest request, absl::AnyInvocable<void(absl::StatusOr<v1::RenewResponse>)> done);
@@ -62,23 +59,17 @@ class DecodeLoop {
 
   // Ends every lease of routers other than `router`; an empty one: of all routers.
   void KeepOnlyRouter(IncarnationId router, std::string why);
-  void Drain();  // no new leases
   void Wake() {
     commands_->Post([](absl::Time) {});
   }
-  // Ends everything, gives everything back, joins. Idempotent.
-  void Stop();
-
-  void FillStatus(v1::WorkerStatus& status) const;
-  bool Idle() const { return live_leases_.load() == 0; }
 
  private:
-  using Command = absl::AnyInvocable<void(absl::Time now)>;
   template <typename Done>
   void Enqueue(Done done, absl::AnyInvocable<void(absl::Time, Done)> run);
 
-  void Run();
-  absl::Duration Round(absl::Time now, sched::DecodePlan& plan);
+  absl::Duration Round(absl::Time now) override;
+  void EndAll(const absl::Status& why) override;
+  void Publish() override;
   void Step(const std::vector<uint64_t>& batch);
   void DeliverToken(Lease& lease, const ChunkOutput& output);
 
@@ -94,14 +85,9 @@ class DecodeLoop {
   void Gone(uint64_t lease_id);
   // The live lease that `ref` names. NotFound, or Aborted for another epoch.
   absl::StatusOr<Lease*> Find(const v1::LeaseRef& ref);
-  void Publish();
 
-  Engine& engine_;
   kvtransfer::Receiver& receiver_;
   const DecodeLoopOptions options_;
-  WorkerMetrics* const metrics_;
-  // Shared with fence callbacks, which may come after this object has gone.
-  const std::shared_ptr<BoundedQueue<Command>> commands_;
 
   // Engine thread only.
   std::map<uint64_t, Lease> leases_;
@@ -112,13 +98,6 @@ class DecodeLoop {
   std::deque<RequestKey> ended_order_;
   uint64_t next_lease_ = 0;
   uint64_t step_count_ = 0;
-  bool draining_ = false;
-  bool stopping_ = false;
-
-  std::atomic<int> live_leases_{0};
-  mutable std::mutex status_mutex_;
-  v1::WorkerStatus published_;  // guarded by status_mutex_
-  std::thread thread_;
 };
 
 }  // namespace millrace::decode

@@ -68,13 +68,7 @@ absl::Status DecodeWorker::Load() {
 
 DecodeWorker::~DecodeWorker() { Stop(); }
 
-void DecodeWorker::Drain(absl::Duration grace) {
-  core_.Drain(
-      [this] {
-        if (loop_ != nullptr) loop_->Drain();
-      },
-      [this] { return loop_ == nullptr || loop_->Idle(); }, grace);
-}
+void DecodeWorker::Drain(absl::Duration grace) { core_.Drain(loop_.get(), grace); }
 
 void DecodeWorker::Stop() {
   if (loop_ != nullptr) loop_->Stop();

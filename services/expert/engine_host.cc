@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/moe/cuda_experts.h"
+#include "engine/ops/cuda_kernel_set.h"
 #include "engine/ops/vector_cpu.h"
 #include "engine/status.h"
 #include "spdlog/spdlog.h"
@@ -20,9 +22,21 @@ absl::string_view SealWord(bool sealed) { return sealed ? "sealed-" : ""; }
 
 }  // namespace
 
-std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, bool sealed) {
+std::string PoolKernelSet(const WorkerConfig& config) {
+  return config.pool_on_cuda() ? CudaKernelSet() : vec::KernelSet();
+}
+
+absl::StatusOr<std::unique_ptr<ExpertComputer>> LoadExperts(const WorkerConfig& config, const Checkpoint& checkpoint,
+                                                            LocalExpertsOptions options) {
+  if (!config.pool_on_cuda()) return LocalExperts::Create(checkpoint, std::move(options));
+  options.notice = [](const std::string& line) { spdlog::info("{}", line); };
+  return CreateCudaExperts(checkpoint, std::move(options));
+}
+
+std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, const std::string& kernel_set,
+                             bool sealed) {
   const std::string text = absl::StrCat(checkpoint.ContentHash(), ";", std::string(NumericsName(numerics)), ";",
-                                        vec::KernelSet(), ";wire ", kWireVersion);
+                                        kernel_set, ";wire ", kWireVersion);
   return absl::StrCat(SealWord(sealed), absl::Hex(XXH3_64bits(text.data(), text.size()), absl::kZeroPad16));
 }
 
@@ -33,7 +47,7 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
   ASSIGN_OR_RETURN(const Numerics numerics, core.ChooseNumerics(*host->checkpoint_));
   const ModelConfig& model = host->checkpoint_->config();
   const bool sealed = config.cluster.transfer().seal();
-  host->expert_compat_hash_ = ExpertCompatHash(*host->checkpoint_, numerics, sealed);
+  host->expert_compat_hash_ = ExpertCompatHash(*host->checkpoint_, numerics, PoolKernelSet(config), sealed);
 
   EngineOptions engine_options;
   engine_options.numerics = numerics;
@@ -55,6 +69,7 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
     remote.pool.over_grpc = config.cluster.transfer().expert_transport() == "grpc";
     remote.pool.on_change = [&core] { core.Nudge(); };
     remote.format = numerics == Numerics::kRelease ? RowFormat::kBf16 : RowFormat::kF32;
+    remote.kernel_set = PoolKernelSet(config);
     remote.timeout = Ms(config.cluster.timers().expert_timeout_ms());
     if (!options.local_experts.empty()) {
       auto experts = ParseExpertSet(options.local_experts, model.n_routed_experts);
@@ -67,7 +82,7 @@ absl::StatusOr<std::unique_ptr<EngineHost>> EngineHost::Create(WorkerCore& core,
       local.numerics = numerics;
       local.experts = *std::move(experts);
       local.num_threads = engine_options.num_threads;
-      ASSIGN_OR_RETURN(host->local_, LocalExperts::Create(*host->checkpoint_, std::move(local)));
+      ASSIGN_OR_RETURN(host->local_, LoadExperts(config, *host->checkpoint_, std::move(local)));
     }
     host->remote_ =
         std::make_unique<RemoteExperts>(std::move(remote), &core.transport(), core.channels(), host->local_.get());

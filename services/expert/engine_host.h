@@ -11,6 +11,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
+#include "engine/moe/expert_computer.h"
 #include "engine/moe/local_experts.h"
 #include "millrace/v1/cluster.pb.h"
 #include "services/common/generation_spec.h"
@@ -19,9 +20,17 @@
 
 namespace millrace::expert {
 
+// The kernels that the pool's experts are computed with, wherever they are: those of its device.
+std::string PoolKernelSet(const WorkerConfig& config);
+
 // What callers and members of a pool must agree on: model content, numerics, kernel set, wire version, and whether
 // messages are sealed, which it says in clear so that a refusal shows it.
-std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, bool sealed);
+std::string ExpertCompatHash(const Checkpoint& checkpoint, Numerics numerics, const std::string& kernel_set,
+                             bool sealed);
+
+// Experts of a pool that this process computes itself, on the pool's device.
+absl::StatusOr<std::unique_ptr<ExpertComputer>> LoadExperts(const WorkerConfig& config, const Checkpoint& checkpoint,
+                                                            LocalExpertsOptions options);
 
 struct EngineHostOptions {
   int64_t cache_pages = 0;
@@ -53,7 +62,7 @@ class EngineHost {
  private:
   EngineHost() = default;
   std::shared_ptr<const Checkpoint> checkpoint_;
-  std::unique_ptr<LocalExperts> local_;
+  std::unique_ptr<ExpertComputer> local_;
   std::unique_ptr<RemoteExperts> remote_;
   std::unique_ptr<Engine> engine_;  // last: uses all of the above
   std::string compat_hash_, expert_compat_hash_;

@@ -19,7 +19,7 @@ constexpr absl::Duration kIdleWait = absl::Milliseconds(100);  // only how soon 
 
 }  // namespace
 
-ExpertLoop::ExpertLoop(LocalExperts& experts, kvtransfer::Transport* transport, ExpertLoopOptions options,
+ExpertLoop::ExpertLoop(ExpertComputer& experts, kvtransfer::Transport* transport, ExpertLoopOptions options,
                        WorkerMetrics* metrics)
     : experts_(experts), transport_(transport), options_(options), metrics_(metrics), last_arrival_(MonotonicNow()) {
   if (transport_ != nullptr) transport_->SetHandler(kRequestChannel, this);
@@ -194,32 +194,16 @@ absl::Status ExpertLoop::Compute(const Request& request, std::vector<uint8_t>& o
   const ExpertHeader& header = request.header;
   ASSIGN_OR_RETURN(const RequestView view, ParseRequest(header, *request.payload, options_.num_experts));
   const int64_t hidden = options_.hidden, row_bytes = RowBytes(header.format, hidden);
-  rows_.resize(static_cast<size_t>(header.num_rows * hidden));
   for (uint32_t row = 0; row < header.num_rows; ++row) {
-    if (!UnpackRow(view.data + row * row_bytes, hidden, header.format, rows_.data() + row * hidden)) {
+    if (!RowIsFinite(view.data + row * row_bytes, header.format, hidden)) {
       return absl::InvalidArgumentError(absl::StrCat("rows[", row, "] is not finite"));
     }
   }
   out.resize(static_cast<size_t>(header.num_pairs * row_bytes));
-  int64_t pair = 0;
-  for (uint32_t i = 0; i < header.num_experts; ++i) {
-    const int expert = static_cast<int>(view.experts[2 * i]);
-    const int64_t count = view.experts[2 * i + 1];
-    gathered_.resize(static_cast<size_t>(count * hidden));
-    computed_.resize(static_cast<size_t>(count * hidden));
-    weights_.assign(view.weights.begin() + pair, view.weights.begin() + pair + count);
-    for (int64_t j = 0; j < count; ++j) {
-      std::memcpy(gathered_.data() + j * hidden, rows_.data() + view.rows[pair + j] * hidden,
-                  static_cast<size_t>(hidden) * sizeof(float));
-    }
-    RETURN_IF_ERROR(experts_.Compute(static_cast<int>(header.layer), expert, gathered_.data(), weights_.data(), count,
-                                     computed_.data()));
-    for (int64_t j = 0; j < count; ++j) {
-      PackRow(computed_.data() + j * hidden, hidden, header.format, out.data() + (pair + j) * row_bytes);
-    }
-    if (metrics_ != nullptr) metrics_->CountExpert(expert, count);
-    pair += count;
-  }
+  RETURN_IF_ERROR(experts_.Compute(
+      {static_cast<int>(header.layer), header.format, view.data, view.experts, view.rows, view.weights}, out.data()));
+  if (metrics_ == nullptr) return absl::OkStatus();
+  for (const ExpertGroup& group : view.experts) metrics_->CountExpert(static_cast<int>(group.expert), group.count);
   return absl::OkStatus();
 }
 

@@ -22,7 +22,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/functional/any_invocable.h"
 #include "absl/time/time.h"
-#include "engine/moe/local_experts.h"
+#include "engine/moe/expert_computer.h"
 #include "kvtransfer/transport.h"
 #include "millrace/v1/cluster.pb.h"
 #include "services/common/worker_metrics.h"
@@ -46,7 +46,7 @@ using Reply = std::function<void(ExpertHeader, Payload)>;
 class ExpertLoop final : public kvtransfer::MessageHandler {
  public:
   // `transport` may be null (data over gRPC only). Everything must outlive the loop.
-  ExpertLoop(LocalExperts& experts, kvtransfer::Transport* transport, ExpertLoopOptions options,
+  ExpertLoop(ExpertComputer& experts, kvtransfer::Transport* transport, ExpertLoopOptions options,
              WorkerMetrics* metrics);
   ~ExpertLoop() override;  // Stop
 
@@ -81,7 +81,7 @@ class ExpertLoop final : public kvtransfer::MessageHandler {
   static void ReplyError(const ExpertHeader& header, const Reply& reply, const absl::Status& status);
   Reply ReplyTo(kvtransfer::PeerId peer);
 
-  LocalExperts& experts_;
+  ExpertComputer& experts_;
   kvtransfer::Transport* const transport_;
   const ExpertLoopOptions options_;
   WorkerMetrics* const metrics_;
@@ -98,8 +98,6 @@ class ExpertLoop final : public kvtransfer::MessageHandler {
   std::atomic<bool> stop_{false};
   std::atomic<uint64_t> steps_{0}, pairs_{0};
   std::atomic<uint32_t> last_step_us_{0};
-  // Engine thread only; kept to allocate nothing per request.
-  std::vector<float> rows_, weights_, gathered_, computed_;
   std::thread thread_;
 };
 

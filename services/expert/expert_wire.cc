@@ -74,20 +74,20 @@ absl::StatusOr<RequestView> ParseRequest(const ExpertHeader& header, absl::Span<
   RequestView view;
   // The buffer comes from operator new, and all arrays before the rows are of four bytes.
   const auto* words = reinterpret_cast<const uint32_t*>(payload.data());
-  view.experts = {words, size_t{2} * header.num_experts};
+  view.experts = {reinterpret_cast<const ExpertGroup*>(words), header.num_experts};
   view.rows = {words + 2 * header.num_experts, header.num_pairs};
   view.weights = {reinterpret_cast<const float*>(view.rows.data() + header.num_pairs), header.num_pairs};
   view.data = payload.data() + 8 * (uint64_t{header.num_experts} + header.num_pairs);
   uint64_t pairs = 0;
   int64_t previous = -1;
   for (uint32_t i = 0; i < header.num_experts; ++i) {
-    const int64_t id = view.experts[2 * i];
+    const int64_t id = view.experts[i].expert;
     if (id <= previous || id >= num_experts) {
       return Bad(absl::StrCat("experts[", i, "]"), static_cast<uint64_t>(id),
                  absl::StrCat("ascending ids below ", num_experts));
     }
     previous = id;
-    pairs += view.experts[2 * i + 1];
+    pairs += view.experts[i].count;
   }
   if (pairs != header.num_pairs) return Bad("expert counts", pairs, absl::StrCat("a sum of ", header.num_pairs));
   for (uint32_t i = 0; i < header.num_pairs; ++i) {
@@ -99,32 +99,6 @@ absl::StatusOr<RequestView> ParseRequest(const ExpertHeader& header, absl::Span<
     }
   }
   return view;
-}
-
-void PackRow(const float* values, int64_t hidden, RowFormat format, uint8_t* wire) {
-  if (format == RowFormat::kF32) {
-    std::memcpy(wire, values, static_cast<size_t>(hidden) * 4);
-    return;
-  }
-  for (int64_t i = 0; i < hidden; ++i) std::memcpy(wire + 2 * i, reinterpret_cast<const uint8_t*>(values + i) + 2, 2);
-}
-
-bool UnpackRow(const uint8_t* wire, int64_t hidden, RowFormat format, float* values) {
-  // An exponent of all ones is the mark of NaN and infinity; collected instead of tested, to keep the loop straight.
-  uint32_t bad = 0;
-  for (int64_t i = 0; i < hidden; ++i) {
-    uint32_t bits = 0;
-    if (format == RowFormat::kF32) {
-      std::memcpy(&bits, wire + 4 * i, 4);
-    } else {
-      uint16_t upper;
-      std::memcpy(&upper, wire + 2 * i, 2);
-      bits = uint32_t{upper} << 16;
-    }
-    bad |= (bits & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
-    std::memcpy(values + i, &bits, 4);
-  }
-  return bad == 0;
 }
 
 std::string MakeFrame(const ExpertHeader& header, absl::Span<const uint8_t> payload) {

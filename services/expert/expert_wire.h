@@ -22,6 +22,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
+#include "engine/moe/expert_computer.h"
 #include "services/common/incarnation.h"
 
 namespace millrace::expert {
@@ -33,9 +34,6 @@ inline constexpr uint64_t kMaxPayloadBytes = 16 << 20;
 inline constexpr int64_t kPieceBytes = 1 << 20;
 
 enum class MessageKind : uint8_t { kRequest = 1, kReply = 2, kError = 3 };
-enum class RowFormat : uint8_t { kBf16 = 1, kF32 = 2 };
-
-inline int64_t RowBytes(RowFormat format, int64_t hidden) { return hidden * (format == RowFormat::kBf16 ? 2 : 4); }
 
 struct ExpertHeader {
   uint32_t magic = kMagic;
@@ -76,20 +74,15 @@ absl::Status CheckPayload(const ExpertHeader& header, absl::Span<const uint8_t> 
 // A request's payload, taken apart in place. InvalidArgument names what is wrong (ids not ascending or not below
 // `num_experts`, counts that do not add up, a row index out of range, a weight that is not finite).
 struct RequestView {
-  absl::Span<const uint32_t> experts;  // [num_experts][2]: id, count
-  absl::Span<const uint32_t> rows;     // [num_pairs]
-  absl::Span<const float> weights;     // [num_pairs]
-  const uint8_t* data = nullptr;       // [num_rows, hidden]
+  absl::Span<const ExpertGroup> experts;  // [num_experts]
+  absl::Span<const uint32_t> rows;        // [num_pairs]
+  absl::Span<const float> weights;        // [num_pairs]
+  const uint8_t* data = nullptr;          // [num_rows, hidden]
 };
 absl::StatusOr<RequestView> ParseRequest(const ExpertHeader& header, absl::Span<const uint8_t> payload,
                                          int num_experts);
 // Lengths of a request's payload.
 uint64_t RequestBytes(const ExpertHeader& header);
-
-// One row between floats and the wire. BF16 takes the upper half: exact for values that are BF16 already.
-void PackRow(const float* values, int64_t hidden, RowFormat format, uint8_t* wire);
-// False: a value is NaN or infinite.
-bool UnpackRow(const uint8_t* wire, int64_t hidden, RowFormat format, float* values);
 
 // Header and payload in one string, for the gRPC stream.
 std::string MakeFrame(const ExpertHeader& header, absl::Span<const uint8_t> payload);

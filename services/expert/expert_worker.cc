@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "absl/strings/str_join.h"
-#include "engine/ops/vector_cpu.h"
 #include "engine/status.h"
 #include "services/common/clock.h"
 #include "services/expert/engine_host.h"
@@ -34,7 +33,7 @@ absl::Status ExpertWorker::Load() {
   local.experts = experts;
   local.num_threads = static_cast<int>(config.worker().threads());
   local.progress = [this](int64_t done, int64_t total) { core_.ReportProgress(done, total); };
-  ASSIGN_OR_RETURN(experts_, LocalExperts::Create(*checkpoint, std::move(local)));
+  ASSIGN_OR_RETURN(experts_, LoadExperts(config, *checkpoint, std::move(local)));
 
   ExpertLoopOptions options;
   options.max_queue = config.expert().max_queue();
@@ -45,9 +44,10 @@ absl::Status ExpertWorker::Load() {
   loop_ = std::make_unique<ExpertLoop>(*experts_, &core_.transport(), options, &core_.metrics());
 
   v1::WorkerReady ready;
-  ready.set_expert_compat_hash(ExpertCompatHash(*checkpoint, numerics, config.cluster.transfer().seal()));
+  ready.set_expert_compat_hash(
+      ExpertCompatHash(*checkpoint, numerics, experts_->KernelSet(), config.cluster.transfer().seal()));
   ready.set_numerics(std::string(NumericsName(numerics)));
-  ready.set_kernel_set(vec::KernelSet());
+  ready.set_kernel_set(experts_->KernelSet());
   ready.mutable_capacity()->set_max_queue(config.expert().max_queue());
   ready.mutable_capacity()->set_vocab_size(static_cast<uint32_t>(model.vocab_size));
   ready.mutable_experts()->mutable_experts()->Add(experts.begin(), experts.end());
@@ -70,7 +70,7 @@ absl::Status ExpertWorker::Load() {
   hooks.fill_status = [this](v1::WorkerStatus& status) { loop_->FillStatus(status); };
   core_.SetReady(std::move(hooks), std::move(ready));
   spdlog::info("expert {} ready: experts {} in {} waves, {} weight bytes, kernels {}", config.worker().name(),
-               absl::StrJoin(experts, ","), config.expert().waves(), experts_->weight_bytes(), vec::KernelSet());
+               absl::StrJoin(experts, ","), config.expert().waves(), experts_->weight_bytes(), experts_->KernelSet());
   return absl::OkStatus();
 }
 

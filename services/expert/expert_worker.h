@@ -31,7 +31,7 @@ class ExpertWorker {
 
   WorkerCore core_;
   ExpertService service_;
-  std::unique_ptr<LocalExperts> experts_;
+  std::unique_ptr<ExpertComputer> experts_;
   std::unique_ptr<ExpertLoop> loop_;
 };
 

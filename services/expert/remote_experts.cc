@@ -15,6 +15,11 @@
 #include "services/common/failpoints.h"
 
 namespace millrace::expert {
+namespace {
+
+constexpr int64_t kFewRowsBytes = 8 << 10;  // rows of a decode step of a few sequences: messages that go in one piece
+
+}  // namespace
 
 // One message to one member and its answer. The buffers belong to the batch, which late arrivals keep alive: memory
 // that a message may still write is never reused for another batch.
@@ -40,7 +45,7 @@ struct RemoteExperts::Batch {
 };
 
 RemoteExperts::RemoteExperts(RemoteExpertsOptions options, kvtransfer::Transport* transport, ChannelPool& channels,
-                             LocalExperts* local)
+                             ExpertComputer* local)
     : options_(std::move(options)), transport_(options_.pool.over_grpc ? nullptr : transport), local_(local) {
   if (transport_ != nullptr) transport_->SetHandler(kReplyChannel, this);
   pool_ = std::make_unique<ExpertPool>(options_.pool, transport_, channels,
@@ -71,16 +76,29 @@ absl::Status RemoteExperts::Dispatch(const ExpertBatch& batch) {
     std::lock_guard<std::mutex> lock(mutex_);
     current_ = next;
   }
+  absl::Status sent;
+  const auto send_waves = [&] { sent = SendWaves(batch); };
+  // Few rows travel while the shared expert is computed without waking the transport thread; what is more is worth it.
+  if (transport_ != nullptr && batch.num_tokens * RowBytes(options_.format, batch.hidden) <= kFewRowsBytes) {
+    transport_->SendAtOnce(send_waves);
+  } else {
+    send_waves();
+  }
+  if (!sent.ok()) return FailBatch(sent);
+  waves_.clear();  // from here on only the batch refers to members: one that drains can see whether it is done
+  return absl::OkStatus();
+}
+
+absl::Status RemoteExperts::SendWaves(const ExpertBatch& batch) {
   for (size_t wave = 0; wave < waves_.size(); ++wave) {
     for (const Share& share : waves_[wave]) {
       if (const absl::Status sent = SendPiece(batch, share.member, static_cast<int>(wave), share.by_expert);
           !sent.ok()) {
-        return FailBatch(
-            absl::Status(sent.code(), absl::StrCat("expert worker ", share.member->info.name(), ": ", sent.message())));
+        return absl::Status(sent.code(),
+                            absl::StrCat("expert worker ", share.member->info.name(), ": ", sent.message()));
       }
     }
   }
-  waves_.clear();  // from here on only the batch refers to members: one that drains can see whether it is done
   return absl::OkStatus();
 }
 
@@ -94,11 +112,13 @@ absl::Status RemoteExperts::SplitByOwner(const ExpertBatch& batch, const PoolTab
     by_expert[expert].push_back(static_cast<uint32_t>(i));
   }
   waves_.assign(static_cast<size_t>(table.num_waves), {});
-  own_.by_expert.clear();
+  own_.groups.clear();
+  own_.places.clear();
   for (int expert = 0; expert < num_experts; ++expert) {
     if (by_expert[expert].empty()) continue;
     if (local_ != nullptr && local_->Has(batch.layer, expert)) {
-      own_.by_expert.emplace_back(expert, std::move(by_expert[expert]));
+      own_.groups.push_back({static_cast<uint32_t>(expert), static_cast<uint32_t>(by_expert[expert].size())});
+      own_.places.insert(own_.places.end(), by_expert[expert].begin(), by_expert[expert].end());
       continue;
     }
     const PoolTable::Owner& owner = table.owners[expert];
@@ -172,7 +192,8 @@ absl::Status RemoteExperts::SendPiece(const ExpertBatch& batch, const std::share
     put(pair_rows);
     put(weights);
     for (uint32_t token : tokens) {
-      PackRow(batch.rows + token * batch.hidden, batch.hidden, options_.format, out);
+      ConvertRow(static_cast<const uint8_t*>(batch.rows) + token * RowBytes(batch.format, batch.hidden), batch.format,
+                 batch.hidden, options_.format, out);
       out += row_bytes;
     }
     SealHeader(header, *payload);
@@ -282,36 +303,37 @@ void RemoteExperts::OnFrame(PoolMember* member, absl::string_view frame) {
 
 // --- Back ---
 
-absl::Status RemoteExperts::Combine(float* expert_rows) {
+absl::Status RemoteExperts::Combine(void* expert_rows) {
   const std::shared_ptr<Batch> batch = current();
   if (batch == nullptr) return absl::FailedPreconditionError("no batch was dispatched");
-  absl::Status status = ComputeLocal(batch->batch, expert_rows);
+  auto* const rows = static_cast<uint8_t*>(expert_rows);
+  absl::Status status = ComputeLocal(batch->batch, rows);
   if (status.ok()) {
     const absl::Time began = MonotonicNow();
     status = Await(*batch);
     waited_us_.fetch_add(absl::ToInt64Microseconds(MonotonicNow() - began));
   }
-  if (status.ok()) status = Scatter(*batch, expert_rows);
+  if (status.ok()) status = Scatter(*batch, rows);
   if (!status.ok()) return FailBatch(status);
   std::lock_guard<std::mutex> lock(mutex_);
   current_ = nullptr;
   return absl::OkStatus();
 }
 
-absl::Status RemoteExperts::ComputeLocal(const ExpertBatch& batch, float* expert_rows) {
-  const size_t row = static_cast<size_t>(batch.hidden);
-  for (const auto& [expert, places] : own_.by_expert) {
-    std::vector<float> rows(places.size() * row), out(places.size() * row), weights(places.size());
-    for (size_t i = 0; i < places.size(); ++i) {
-      const float* source = batch.rows + places[i] / static_cast<uint32_t>(batch.top_k) * row;
-      std::copy(source, source + row, rows.begin() + i * row);
-      weights[i] = batch.weights[places[i]];
-    }
-    RETURN_IF_ERROR(local_->Compute(batch.layer, expert, rows.data(), weights.data(),
-                                    static_cast<int64_t>(places.size()), out.data()));
-    for (size_t i = 0; i < places.size(); ++i) {
-      std::copy(out.begin() + i * row, out.begin() + (i + 1) * row, expert_rows + places[i] * row);
-    }
+absl::Status RemoteExperts::ComputeLocal(const ExpertBatch& batch, uint8_t* expert_rows) {
+  const size_t num_pairs = own_.places.size(), row_bytes = static_cast<size_t>(RowBytes(batch.format, batch.hidden));
+  if (num_pairs == 0) return absl::OkStatus();
+  own_.rows.resize(num_pairs);
+  own_.weights.resize(num_pairs);
+  own_.out.resize(num_pairs * row_bytes);
+  for (size_t i = 0; i < num_pairs; ++i) {
+    own_.rows[i] = own_.places[i] / static_cast<uint32_t>(batch.top_k);
+    own_.weights[i] = batch.weights[own_.places[i]];
+  }
+  RETURN_IF_ERROR(
+      local_->Compute({batch.layer, batch.format, batch.rows, own_.groups, own_.rows, own_.weights}, own_.out.data()));
+  for (size_t i = 0; i < num_pairs; ++i) {
+    std::copy_n(own_.out.begin() + i * row_bytes, row_bytes, expert_rows + own_.places[i] * row_bytes);
   }
   return absl::OkStatus();
 }
@@ -358,8 +380,9 @@ absl::Status RemoteExperts::Await(Batch& batch) {
   return absl::UnavailableError(absl::StrCat(who, ": lost while its rows were awaited"));
 }
 
-absl::Status RemoteExperts::Scatter(Batch& batch, float* expert_rows) {
-  const int64_t hidden = batch.batch.hidden, row_bytes = RowBytes(options_.format, hidden);
+absl::Status RemoteExperts::Scatter(Batch& batch, uint8_t* expert_rows) {
+  const int64_t hidden = batch.batch.hidden, wire_bytes = RowBytes(options_.format, hidden);
+  const int64_t row_bytes = RowBytes(batch.batch.format, hidden);
   const bool skip = failpoints::Bug("bug.skip_expert");
   for (const auto& piece : batch.pieces) {
     const std::string& name = piece->member->info.name();
@@ -377,24 +400,26 @@ absl::Status RemoteExperts::Scatter(Batch& batch, float* expert_rows) {
                        absl::string_view(reinterpret_cast<const char*>(piece->reply.data()), piece->reply.size())));
     }
     for (size_t pair = 0; pair < piece->places.size(); ++pair) {
-      float* const out = expert_rows + static_cast<int64_t>(piece->places[pair]) * hidden;
-      if (!UnpackRow(piece->reply.data() + static_cast<int64_t>(pair) * row_bytes, hidden, options_.format, out)) {
+      const uint8_t* const wire = piece->reply.data() + static_cast<int64_t>(pair) * wire_bytes;
+      uint8_t* const out = expert_rows + static_cast<int64_t>(piece->places[pair]) * row_bytes;
+      if (!RowIsFinite(wire, options_.format, hidden)) {
         return absl::InternalError(absl::StrCat("numeric_error: expert worker ", name, " returned a row of layer ",
                                                 header.layer, " that is not finite"));
       }
-      if (skip && pair == 0) std::fill(out, out + hidden, 0.0f);
+      ConvertRow(wire, options_.format, hidden, batch.batch.format, out);
+      if (skip && pair == 0) std::fill_n(out, row_bytes, uint8_t{0});
     }
   }
   if (failpoints::Bug("bug.arrival_order")) {
     // What a sum in order of arrival does, seen from the model, which adds places 0, 1, 2 ...: the rows of a token
     // stand in the order in which they came.
-    std::vector<float> arrived(expert_rows, expert_rows + batch.batch.num_tokens * batch.batch.top_k * hidden);
+    std::vector<uint8_t> arrived(expert_rows, expert_rows + batch.batch.num_tokens * batch.batch.top_k * row_bytes);
     std::vector<int> filled(static_cast<size_t>(batch.batch.num_tokens), batch.batch.top_k);
     for (const Piece* piece : batch.arrival_order) {
       for (uint32_t place : piece->places) {
         const int64_t token = place / static_cast<uint32_t>(batch.batch.top_k);
         const int64_t to = token * batch.batch.top_k + --filled[token];
-        std::copy_n(arrived.begin() + place * hidden, hidden, expert_rows + to * hidden);
+        std::copy_n(arrived.begin() + place * row_bytes, row_bytes, expert_rows + to * row_bytes);
       }
     }
   }

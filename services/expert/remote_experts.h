@@ -21,7 +21,6 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "engine/moe/expert_exchange.h"
-#include "engine/moe/local_experts.h"
 #include "kvtransfer/transport.h"
 #include "services/expert/expert_pool.h"
 #include "services/expert/expert_wire.h"
@@ -30,7 +29,8 @@ namespace millrace::expert {
 
 struct RemoteExpertsOptions {
   ExpertPoolOptions pool;
-  RowFormat format = RowFormat::kBf16;
+  RowFormat format = RowFormat::kBf16;        // on the wire
+  std::string kernel_set;                     // the pool's, which this worker's own experts share
   absl::Duration timeout = absl::Seconds(1);  // for one layer's rows
 };
 
@@ -44,14 +44,15 @@ class RemoteExperts final : public ExpertExchange, public kvtransfer::MessageHan
  public:
   // `transport` may be null if pool.over_grpc; `local` holds pool.local_experts and may be null if there are none.
   RemoteExperts(RemoteExpertsOptions options, kvtransfer::Transport* transport, ChannelPool& channels,
-                LocalExperts* local);
+                ExpertComputer* local);
   ~RemoteExperts() override;
 
   void SetPeers(const v1::PeerList& peers) { pool_->SetPeers(peers); }
   absl::Status Ready() const { return pool_->Ready(); }
 
   absl::Status Dispatch(const ExpertBatch& batch) override;
-  absl::Status Combine(float* expert_rows) override;
+  absl::Status Combine(void* expert_rows) override;
+  std::string KernelSet() const override { return options_.kernel_set; }
 
   RemoteExpertsStatistics statistics() const;
   kvtransfer::Placement OnMessage(const kvtransfer::IncomingMessage& message) override;
@@ -61,11 +62,12 @@ class RemoteExperts final : public ExpertExchange, public kvtransfer::MessageHan
   struct Batch;
 
   absl::Status SplitByOwner(const ExpertBatch& batch, const PoolTable& table);
+  absl::Status SendWaves(const ExpertBatch& batch);
   absl::Status SendPiece(const ExpertBatch& batch, const std::shared_ptr<PoolMember>& member, int wave,
                          const std::vector<std::pair<int, std::vector<uint32_t>>>& experts);
-  absl::Status ComputeLocal(const ExpertBatch& batch, float* expert_rows);
+  absl::Status ComputeLocal(const ExpertBatch& batch, uint8_t* expert_rows);
   absl::Status Await(Batch& batch);
-  absl::Status Scatter(Batch& batch, float* expert_rows);
+  absl::Status Scatter(Batch& batch, uint8_t* expert_rows);
   absl::Status FailBatch(absl::Status why);
   // The piece a reply belongs to, claimed for it; null (and a reason): drop it.
   Piece* Claim(const std::shared_ptr<Batch>& batch, const ExpertHeader& header, const PoolMember* member,
@@ -75,7 +77,7 @@ class RemoteExperts final : public ExpertExchange, public kvtransfer::MessageHan
 
   const RemoteExpertsOptions options_;
   kvtransfer::Transport* const transport_;
-  LocalExperts* const local_;
+  ExpertComputer* const local_;
 
   mutable std::mutex mutex_;
   std::condition_variable arrived_;  // for waits without a transport
@@ -91,7 +93,12 @@ class RemoteExperts final : public ExpertExchange, public kvtransfer::MessageHan
     std::vector<std::pair<int, std::vector<uint32_t>>> by_expert;  // ascending expert; places in the batch
   };
   std::vector<std::vector<Share>> waves_;  // [wave][member]
-  Share own_;
+  struct Own {  // pairs of the experts that this worker runs itself, as ExpertPairs wants them
+    std::vector<ExpertGroup> groups;
+    std::vector<uint32_t> places, rows;
+    std::vector<float> weights;
+    std::vector<uint8_t> out;
+  } own_;
   std::vector<int32_t> row_of_token_;
 
   std::unique_ptr<ExpertPool> pool_;  // last: its thread calls back

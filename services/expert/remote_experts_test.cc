@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "engine/moe/cuda_experts.h"
 #include "engine/status.h"
 #include "kvtransfer/loopback_transport.h"
 #include "services/common/clock.h"
@@ -36,6 +37,23 @@ const Checkpoint& Demo() {
   return *checkpoint;
 }
 
+// Where experts are computed, and in which numerics.
+struct Kind {
+  Numerics numerics = Numerics::kRelease;
+  bool cuda = false;
+};
+
+std::unique_ptr<ExpertComputer> LoadComputer(const Kind& kind, std::vector<int> experts) {
+  LocalExpertsOptions options;
+  options.numerics = kind.numerics;
+  options.experts = std::move(experts);
+  absl::StatusOr<std::unique_ptr<ExpertComputer>> loaded =
+      kind.cuda ? CreateCudaExperts(Demo(), std::move(options)) : LocalExperts::Create(Demo(), std::move(options));
+  CHECK(loaded.ok(), std::string(loaded.status().message()));
+  return *std::move(loaded);
+}
+
+// Experts in the process that asks, as an engine on the CPU has them.
 std::unique_ptr<LocalExperts> Load(Numerics numerics, std::vector<int> experts) {
   LocalExpertsOptions options;
   options.numerics = numerics;
@@ -49,14 +67,14 @@ RowFormat FormatOf(Numerics numerics) { return numerics == Numerics::kRelease ? 
 
 // One expert worker without its membership.
 struct Member {
-  Member(std::shared_ptr<kvtransfer::LoopbackHub> hub, Numerics numerics, std::string name, std::vector<int> experts,
+  Member(std::shared_ptr<kvtransfer::LoopbackHub> hub, const Kind& kind, std::string name, std::vector<int> experts,
          uint32_t waves)
-      : transport(kvtransfer::CreateLoopbackTransport(hub)), local(Load(numerics, experts)) {
+      : transport(kvtransfer::CreateLoopbackTransport(hub)), local(LoadComputer(kind, experts)) {
     ExpertLoopOptions options;
     options.num_experts = Demo().config().n_routed_experts;
     options.num_layers = Demo().config().num_hidden_layers;
     options.hidden = Demo().config().hidden_size;
-    options.format = FormatOf(numerics);
+    options.format = FormatOf(kind.numerics);
     loop = std::make_unique<ExpertLoop>(*local, transport.get(), options, nullptr);
     info.set_name(std::move(name));
     incarnation.To(info.mutable_incarnation());
@@ -82,7 +100,7 @@ struct Member {
 
   const IncarnationId incarnation = IncarnationId::Random();
   std::unique_ptr<kvtransfer::Transport> transport;
-  std::unique_ptr<LocalExperts> local;
+  std::unique_ptr<ExpertComputer> local;
   std::unique_ptr<ExpertLoop> loop;
   ExpertService service;
   std::unique_ptr<RpcServer> server;
@@ -90,7 +108,7 @@ struct Member {
 };
 
 struct Setting {
-  Numerics numerics = Numerics::kRelease;
+  Kind kind;
   bool over_grpc = false;
   int members = 2;
   uint32_t waves = 2;
@@ -108,7 +126,7 @@ struct Pool {
       std::vector<int> experts;  // dealt out like cards, so that shares are not ranges
       for (int e = m; e < num_experts; e += setting.members) experts.push_back(e);
       members.push_back(
-          std::make_unique<Member>(hub, setting.numerics, absl::StrCat("expert-", m), experts, setting.waves));
+          std::make_unique<Member>(hub, setting.kind, absl::StrCat("expert-", m), experts, setting.waves));
     }
     RemoteExpertsOptions options;
     options.pool.name = "decode-0";
@@ -117,9 +135,9 @@ struct Pool {
     options.pool.num_experts = num_experts;
     options.pool.over_grpc = setting.over_grpc;
     options.pool.local_experts = setting.local_experts;
-    options.format = FormatOf(setting.numerics);
+    options.format = FormatOf(setting.kind.numerics);
     options.timeout = setting.timeout;
-    if (!setting.local_experts.empty()) own = Load(setting.numerics, setting.local_experts);
+    if (!setting.local_experts.empty()) own = LoadComputer(setting.kind, setting.local_experts);
     remote = std::make_unique<RemoteExperts>(options, transport.get(), channels, own.get());
     SetPeers();
   }
@@ -145,7 +163,7 @@ struct Pool {
   std::unique_ptr<kvtransfer::Transport> transport;
   ChannelPool channels;
   std::vector<std::unique_ptr<Member>> members;
-  std::unique_ptr<LocalExperts> own;
+  std::unique_ptr<ExpertComputer> own;
   std::unique_ptr<RemoteExperts> remote;
 };
 
@@ -185,6 +203,23 @@ absl::StatusOr<std::vector<float>> Exchange(ExpertExchange& exchange, const Rows
   return out;
 }
 
+// The same rows as an engine on a card has them, in BF16 both ways; values come back as floats.
+absl::StatusOr<std::vector<float>> ExchangeBf16(ExpertExchange& exchange, const Rows& rows) {
+  const auto convert = [](const auto& from, RowFormat from_format, RowFormat to_format, auto& to) {
+    ConvertRow(from.data(), from_format, static_cast<int64_t>(from.size()), to_format, to.data());
+  };
+  std::vector<uint16_t> narrow(rows.rows.size()), out(rows.batch.num_tokens * rows.batch.top_k * rows.batch.hidden);
+  convert(rows.rows, RowFormat::kF32, RowFormat::kBf16, narrow);
+  ExpertBatch batch = rows.batch;
+  batch.rows = narrow.data();
+  batch.format = RowFormat::kBf16;
+  RETURN_IF_ERROR(exchange.Dispatch(batch));
+  RETURN_IF_ERROR(exchange.Combine(out.data()));
+  std::vector<float> wide(out.size());
+  convert(out, RowFormat::kBf16, RowFormat::kF32, wide);
+  return wide;
+}
+
 bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
@@ -199,7 +234,7 @@ TEST_F(RemoteExpertsTest, AnySplitWaveAndPathGivesTheBitsOfLocalExperts) {
     const auto all = Load(numerics, {});
     for (bool over_grpc : {false, true}) {
       for (int members : {1, 3}) {
-        Setting setting{numerics, over_grpc, members, static_cast<uint32_t>(members)};
+        Setting setting{{numerics}, over_grpc, members, static_cast<uint32_t>(members)};
         if (members == 3) setting.local_experts = {1, 2, 9};  // some at home, although a member has them too
         Pool pool(setting);
         ASSERT_TRUE(pool.BecomesReady()) << pool.remote->Ready();
@@ -216,8 +251,52 @@ TEST_F(RemoteExpertsTest, AnySplitWaveAndPathGivesTheBitsOfLocalExperts) {
   }
 }
 
+TEST_F(RemoteExpertsTest, RowsInBf16GiveTheBitsOfFloats) {
+  for (bool over_grpc : {false, true}) {
+    Setting setting;
+    setting.over_grpc = over_grpc;
+    setting.local_experts = {0, 3, 7};  // some travel, some do not
+    Pool pool(setting);
+    ASSERT_TRUE(pool.BecomesReady()) << pool.remote->Ready();
+    for (int64_t tokens : {1, 33}) {
+      const Rows rows(2, tokens, 11);
+      const auto expected = Exchange(*Load(Numerics::kRelease, {}), rows);
+      const auto found = ExchangeBf16(*pool.remote, rows);
+      ASSERT_TRUE(expected.ok() && found.ok()) << expected.status() << found.status();
+      EXPECT_TRUE(SameBits(*found, *expected)) << tokens << " tokens";
+    }
+  }
+}
+
+TEST_F(RemoteExpertsTest, AnExpertThatIsNotLoadedIsNamed) {
+  const auto some = Load(Numerics::kRelease, {0, 2});
+  const std::vector<float> row(Demo().config().hidden_size, 1.0f);
+  std::vector<float> out(row.size());
+  const ExpertGroup group{1, 1};
+  const uint32_t first = 0;
+  const float weight = 1;
+  const absl::Status status =
+      some->Compute({1, RowFormat::kF32, row.data(), {&group, 1}, {&first, 1}, {&weight, 1}}, out.data());
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("layer 1 expert 1"));
+}
+
+TEST_F(RemoteExpertsTest, WhatACardCannotDoIsSaidBeforeItIsAskedFor) {
+  LocalExpertsOptions options;
+  options.numerics = Numerics::kExact;
+  const absl::Status exact = CreateCudaExperts(Demo(), options).status();
+  if (absl::IsUnimplemented(exact)) {
+    EXPECT_THAT(std::string(exact.message()), HasSubstr("no CUDA backend"));
+    return;
+  }
+  EXPECT_THAT(std::string(exact.message()), HasSubstr("`exact` runs on the cpu"));
+  options.numerics = Numerics::kRelease;
+  options.experts = {0, 99};
+  EXPECT_THAT(std::string(CreateCudaExperts(Demo(), options).status().message()), HasSubstr("experts: found 99"));
+}
+
 TEST_F(RemoteExpertsTest, ALargeBatchTravelsInBoundedPieces) {
-  Pool pool({Numerics::kExact, false, 2, 2});
+  Pool pool({{Numerics::kExact}, false, 2, 2});
   ASSERT_TRUE(pool.BecomesReady());
   const int64_t tokens = 4 * kPieceBytes / (Demo().config().hidden_size * 4 * Demo().config().num_experts_per_tok);
   const Rows rows(0, tokens, 5);
@@ -229,7 +308,7 @@ TEST_F(RemoteExpertsTest, ALargeBatchTravelsInBoundedPieces) {
 
 TEST_F(RemoteExpertsTest, ALostMemberIsNamedAndItsReplacementIsUsed) {
   for (bool over_grpc : {false, true}) {
-    Pool pool({Numerics::kRelease, over_grpc, 2, 1});
+    Pool pool({{Numerics::kRelease}, over_grpc, 2, 1});
     ASSERT_TRUE(pool.BecomesReady());
     const Rows rows(1, 20, 3);
     ASSERT_TRUE(Exchange(*pool.remote, rows).ok());
@@ -253,7 +332,7 @@ TEST_F(RemoteExpertsTest, ALostMemberIsNamedAndItsReplacementIsUsed) {
 
     std::vector<int> experts(pool.members[1]->info.share().experts().begin(),
                              pool.members[1]->info.share().experts().end());
-    pool.members[1] = std::make_unique<Member>(pool.hub, Numerics::kRelease, "expert-1", experts, 1);
+    pool.members[1] = std::make_unique<Member>(pool.hub, Kind{}, "expert-1", experts, 1);
     pool.SetPeers();
     ASSERT_TRUE(pool.BecomesReady()) << pool.remote->Ready();
     const auto found = Exchange(*pool.remote, rows);
@@ -264,7 +343,7 @@ TEST_F(RemoteExpertsTest, ALostMemberIsNamedAndItsReplacementIsUsed) {
 
 TEST_F(RemoteExpertsTest, AMemberThatDrainsAnswersWhatItHasAndIsThenLetGo) {
   for (bool over_grpc : {false, true}) {
-    Pool pool({Numerics::kRelease, over_grpc, 2, 1});
+    Pool pool({{Numerics::kRelease}, over_grpc, 2, 1});
     ASSERT_TRUE(pool.BecomesReady());
     const Rows rows(1, 20, 3);
     const auto alone = Exchange(*Load(Numerics::kRelease, {}), rows);
@@ -288,7 +367,7 @@ TEST_F(RemoteExpertsTest, AMemberThatDrainsAnswersWhatItHasAndIsThenLetGo) {
     absl::StatusOr<std::vector<float>> under_way = absl::UnknownError("not asked");
     std::thread asking([&] { under_way = Exchange(*pool.remote, rows); });
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
-    pool.members.push_back(std::make_unique<Member>(pool.hub, Numerics::kRelease, "expert-2", all, 1));
+    pool.members.push_back(std::make_unique<Member>(pool.hub, Kind{}, "expert-2", all, 1));
     pool.SetPeers();
     asking.join();
     ASSERT_TRUE(failpoints::Arm("").ok());
@@ -357,7 +436,7 @@ TEST_F(RemoteExpertsTest, ASkippedExpertIsCaught) {
 }
 
 TEST_F(RemoteExpertsTest, RowsInOrderOfArrivalAreCaught) {
-  Pool pool({Numerics::kRelease, false, 3, 1});
+  Pool pool({{Numerics::kRelease}, false, 3, 1});
   ASSERT_TRUE(pool.BecomesReady());
   const Rows rows(0, 30, 3);
   const auto truth = Exchange(*pool.remote, rows);
@@ -365,6 +444,56 @@ TEST_F(RemoteExpertsTest, RowsInOrderOfArrivalAreCaught) {
   const auto wrong = Exchange(*pool.remote, rows);
   ASSERT_TRUE(truth.ok() && wrong.ok());
   EXPECT_FALSE(SameBits(*truth, *wrong));
+}
+
+// Needs a card: tests/gpu.sh.
+class CudaRemoteExperts : public RemoteExpertsTest {
+ protected:
+  void SetUp() override {
+    const auto probe = CreateCudaExperts(Demo(), {.experts = {0}});
+    if (!probe.ok()) GTEST_SKIP() << probe.status().message();
+  }
+};
+
+TEST_F(CudaRemoteExperts, AnySplitWaveAndPathGivesTheBitsOfOneHolder) {
+  const Kind kind{Numerics::kRelease, true};
+  // One holder of all experts, asked by a caller without a pool of others.
+  Pool alone({kind, false, 1, 1});
+  ASSERT_TRUE(alone.BecomesReady()) << alone.remote->Ready();
+  for (bool over_grpc : {false, true}) {
+    for (int members : {2, 3}) {
+      Setting setting{kind, over_grpc, members, static_cast<uint32_t>(members)};
+      if (members == 3) setting.local_experts = {1, 2, 9};  // some on the caller's own card
+      Pool pool(setting);
+      ASSERT_TRUE(pool.BecomesReady()) << pool.remote->Ready();
+      for (int64_t tokens : {1, 2, 9, 100, 1500}) {  // the last is more than one slice of pairs
+        const Rows rows(static_cast<int>(tokens % Demo().config().num_hidden_layers), tokens,
+                        static_cast<uint32_t>(tokens));
+        const auto expected = ExchangeBf16(*alone.remote, rows);
+        const auto found = ExchangeBf16(*pool.remote, rows);
+        ASSERT_TRUE(expected.ok() && found.ok()) << expected.status() << found.status();
+        EXPECT_TRUE(SameBits(*found, *expected)) << members << " members, " << tokens << " tokens";
+      }
+    }
+  }
+}
+
+TEST_F(CudaRemoteExperts, ACardIsNearTheCpu) {
+  const Rows rows(1, 40, 4);
+  Pool pool({{Numerics::kRelease, true}, false, 2, 1});
+  ASSERT_TRUE(pool.BecomesReady()) << pool.remote->Ready();
+  const auto card = ExchangeBf16(*pool.remote, rows);
+  const auto cpu = Exchange(*Load(Numerics::kRelease, {}), rows);
+  ASSERT_TRUE(card.ok() && cpu.ok()) << card.status() << cpu.status();
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < cpu->size(); ++i) {
+    const double d = static_cast<double>((*card)[i]) - (*cpu)[i];
+    difference += d * d;
+    norm += static_cast<double>((*cpu)[i]) * (*cpu)[i];
+  }
+  // Sums in another order; what a code of E4M3 that falls to the other side costs is 2^-4 of one value in many.
+  EXPECT_LT(std::sqrt(difference / norm), 0.01);
+  EXPECT_GT(norm, 0);
 }
 
 TEST(ExpertWire, EveryDamagedByteIsNoticed) {

@@ -294,7 +294,7 @@ void PrefillLoop::EraseIfGone(uint64_t prompt_id) {
   if (const auto of = prompt_of_key_.find(gone.key); of != prompt_of_key_.end() && of->second == prompt_id) {
     prompt_of_key_.erase(of);
   }
-  live_prompts_.store(static_cast<int>(prompts_.size()));
+  live_.store(static_cast<int>(prompts_.size()));
   for (auto& done : gone.on_gone) done(true);
 }
 

@@ -3,7 +3,6 @@
 #include "services/prefill/prefill_loop.h"
 
 #include <algorithm>
-#include <array>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,20 +16,16 @@ namespace millrace::prefill {
 namespace {
 
 constexpr absl::Duration kSweep = absl::Milliseconds(100);  // deadlines of transfers are looked at this often
-constexpr absl::Duration kStopPatience = absl::Seconds(5);
 
 }  // namespace
 
 PrefillLoop::PrefillLoop(Engine& engine, kvtransfer::Transport& transport, HandoffClient& decode_workers,
                          PrefillLoopOptions options, WorkerMetrics* metrics)
-    : engine_(engine),
+    : EngineLoop("prefill worker", engine, options.max_commands, metrics),
       transport_(transport),
       decode_workers_(decode_workers),
-      options_(std::move(options)),
-      metrics_(metrics),
-      commands_(std::make_shared<BoundedQueue<Command>>(options_.max_commands)) {
-  Publish();
-  thread_ = std::thread([this] { Run(); });
+      options_(std::move(options)) {
+  Start();
 }
 
 PrefillLoop::~PrefillLoop() { Stop(); }
@@ -39,9 +34,7 @@ void PrefillLoop::Submit(v1::PrefillRequest request, absl::Duration time_left, s
   Command command = [this, request = std::move(request), time_left, sink](absl::Time now) mutable {
     DoSubmit(std::move(request), time_left, std::move(sink), now);
   };
-  if (!commands_->TryPush(command)) {
-    sink->OnClose(absl::ResourceExhaustedError("the prefill worker's command queue is full or closed"));
-  }
+  if (!TryPost(command)) sink->OnClose(Behind());
 }
 
 // Aborts are posted past the limit: what they end was admitted, and refusing them would keep its memory.
@@ -69,55 +62,27 @@ void PrefillLoop::Cancel(const PrefillSink* sink) {
 }
 
 void PrefillLoop::CancelAll(absl::Status why) {
-  commands_->Post([this, why = std::move(why)](absl::Time) {
-    std::vector<uint64_t> ids;
-    for (const auto& [id, prompt] : prompts_) ids.push_back(id);
-    for (uint64_t id : ids) {
-      if (const auto it = prompts_.find(id); it != prompts_.end()) End(it->second, why);
-    }
-  });
+  commands_->Post([this, why = std::move(why)](absl::Time) { EndAll(why); });
 }
 
-void PrefillLoop::Drain() {
-  commands_->Post([this](absl::Time) { draining_ = true; });
-}
-
-void PrefillLoop::Stop() {
-  if (!thread_.joinable()) return;
-  CancelAll(absl::UnavailableError("the prefill worker is stopping"));
-  commands_->Post([this](absl::Time) { stopping_ = draining_ = true; });
-  thread_.join();
-}
-
-void PrefillLoop::FillStatus(v1::WorkerStatus& status) const {
-  std::lock_guard<std::mutex> lock(status_mutex_);
-  status.MergeFrom(published_);
+void PrefillLoop::EndAll(const absl::Status& why) {
+  std::vector<uint64_t> ids;
+  for (const auto& [id, prompt] : prompts_) ids.push_back(id);
+  for (uint64_t id : ids) {
+    if (const auto it = prompts_.find(id); it != prompts_.end()) End(it->second, why);
+  }
 }
 
 // --- The round ---
 
-void PrefillLoop::Run() {
-  absl::Duration wait = kSweep;
-  absl::Time stop_by = absl::InfiniteFuture();
-  for (;;) {
-    std::deque<Command> commands = commands_->DrainFor(wait);
-    const absl::Time now = MonotonicNow();
-    for (Command& command : commands) command(now);
-    if (stopping_) {
-      if (stop_by == absl::InfiniteFuture()) stop_by = now + kStopPatience;
-      if (prompts_.empty() || now > stop_by) break;
-    }
-    sched::PrefillPlan plan;
-    wait = Round(now, plan);
-    if (!plan.chunks.empty()) Step(plan);
-    Publish();
-  }
-  CHECK(prompts_.empty(), absl::StrCat(prompts_.size(), " prompts could not be ended"));
-  commands_->Close();
-  for (Command& command : commands_->DrainFor(absl::ZeroDuration())) command(MonotonicNow());
+absl::Duration PrefillLoop::Round(absl::Time now) {
+  const sched::PrefillPlan plan = Plan(now);
+  if (plan.chunks.empty()) return kSweep;
+  Step(plan);
+  return absl::ZeroDuration();
 }
 
-absl::Duration PrefillLoop::Round(absl::Time now, sched::PrefillPlan& plan) {
+sched::PrefillPlan PrefillLoop::Plan(absl::Time now) {
   std::vector<sched::PrefillCandidate> candidates;
   std::vector<uint64_t> late;
   for (const auto& [id, prompt] : prompts_) {
@@ -142,8 +107,8 @@ absl::Duration PrefillLoop::Round(absl::Time now, sched::PrefillPlan& plan) {
     End(prompt, AtDecode(prompt, "hand-off", absl::DeadlineExceededError("did not finish in time")));
   }
   const CacheUsage usage = engine_.Usage();
-  plan = sched::PlanPrefill(candidates, {engine_.options().max_batch_tokens, usage.pages_free, usage.slots_free},
-                            ToMicros(now));
+  sched::PrefillPlan plan = sched::PlanPrefill(
+      candidates, {engine_.options().max_batch_tokens, usage.pages_free, usage.slots_free}, ToMicros(now));
   for (uint64_t id : plan.expired) {
     End(prompts_.at(id), absl::DeadlineExceededError("deadline passed before the prompt was computed"));
   }
@@ -155,7 +120,7 @@ absl::Duration PrefillLoop::Round(absl::Time now, sched::PrefillPlan& plan) {
     const auto it = prompts_.find(chunk.id);
     return it == prompts_.end() || it->second.phase != PromptPhase::kComputing;
   });
-  return plan.chunks.empty() ? kSweep : absl::ZeroDuration();
+  return plan;
 }
 
 void PrefillLoop::DoSubmit(v1::PrefillRequest request, absl::Duration time_left, std::shared_ptr<PrefillSink> sink,
@@ -194,7 +159,7 @@ void PrefillLoop::DoSubmit(v1::PrefillRequest request, absl::Duration time_left,
   prompt.sink->OnEvent(std::move(event));
   prompt_of_key_[key] = prompt.id;
   prompts_.emplace(prompt.id, std::move(prompt));
-  live_prompts_.store(static_cast<int>(prompts_.size()));
+  live_.store(static_cast<int>(prompts_.size()));
 }
 
 absl::Status PrefillLoop::CheckSubmit(const v1::PrefillRequest& request, const PromptKey& key) const {
@@ -276,17 +241,7 @@ void PrefillLoop::Step(const sched::PrefillPlan& plan) {
   if (const absl::Status injected = failpoints::Hit("p.during_prefill"); outputs.ok() && !injected.ok()) {
     outputs = injected;
   }
-  const absl::Time now = MonotonicNow();
-  {
-    std::lock_guard<std::mutex> lock(status_mutex_);
-    published_.set_steps(published_.steps() + 1);
-    published_.set_last_step_us(static_cast<uint32_t>(absl::ToInt64Microseconds(now - began)));
-    if (outputs.ok()) published_.set_tokens_total(published_.tokens_total() + rows);
-  }
-  if (metrics_ != nullptr) {
-    metrics_->ObserveStep(absl::ToDoubleSeconds(now - began), rows);
-    if (outputs.ok()) metrics_->CountTokens(rows);
-  }
+  const absl::Time now = RecordStep(began, rows, outputs.ok());
   for (size_t i = 0; i < members.size(); ++i) {
     Prompt& prompt = *members[i];
     if (!outputs.ok()) {
@@ -331,13 +286,12 @@ void PrefillLoop::OnFirstToken(Prompt& prompt, const ChunkOutput& output, absl::
 
 void PrefillLoop::Publish() {
   const CacheUsage usage = engine_.Usage();
-  uint32_t queued = 0, running = 0;
+  Load load;
   uint64_t queued_tokens = 0;
   int streaming = 0, tail = 0, committing = 0;
-  std::array<int, kWaitReasons> waiting{};
   for (const auto& [id, prompt] : prompts_) {
     if (prompt.phase == PromptPhase::kEnding) continue;
-    ++(prompt.phase == PromptPhase::kQueued ? queued : running);
+    ++(prompt.phase == PromptPhase::kQueued ? load.queued : load.running);
     queued_tokens += prompt.ids.size() - static_cast<size_t>(prompt.tokens_done);
     switch (prompt.phase) {
       case PromptPhase::kQueued: {
@@ -345,7 +299,7 @@ void PrefillLoop::Publish() {
         const WaitReason reason = usage.slots_free == 0 ? WaitReason::kSlots
                                   : pages               ? WaitReason::kPages
                                                         : WaitReason::kTurn;
-        ++waiting[static_cast<size_t>(reason)];
+        ++load.waiting[static_cast<size_t>(reason)];
         break;
       }
       case PromptPhase::kComputing:
@@ -361,21 +315,13 @@ void PrefillLoop::Publish() {
         break;
     }
   }
-  waiting[static_cast<size_t>(WaitReason::kDecode)] = committing;
-  std::lock_guard<std::mutex> lock(status_mutex_);
-  published_.set_queued(queued);
-  published_.set_queued_tokens(queued_tokens);
-  published_.set_running(running);
-  published_.set_pages_free(usage.pages_free);
-  published_.set_slots_free(usage.slots_free);
-  published_.set_work_pending(queued + running > 0);
-  if (metrics_ == nullptr) return;
-  metrics_->queued().Set(queued);
-  metrics_->running().Set(running);
-  metrics_->SetWaiting(waiting);
-  metrics_->SetHandoffsInFlight(streaming, tail, committing);
-  metrics_->SetPages(usage.pages_free, usage.pages_owned);
-  metrics_->SetSlots(usage.slots_free, usage.slots_total);
+  load.waiting[static_cast<size_t>(WaitReason::kDecode)] = committing;
+  load.work_pending = load.queued + load.running > 0;
+  PublishLoad(load, usage, [&](v1::WorkerStatus& status) {
+    status.set_queued(load.queued);
+    status.set_queued_tokens(queued_tokens);
+  });
+  if (metrics_ != nullptr) metrics_->SetHandoffsInFlight(streaming, tail, committing);
 }
 
 }  // namespace millrace::prefill

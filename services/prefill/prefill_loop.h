@@ -1,30 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 // The engine thread of a prefill worker: prompts in, token 0 and a verified hand-off out.
 //
-// Runs drain commands -> plan -> step -> publish. Pages leave while later ones are computed; token 0 goes to the router
-// the moment it is drawn; then the rest and the commit. The sequence is kept until the decode worker has answered, so
-// that it can ask again for what did not arrive. What fails, expires or is cancelled aborts its lease and waits for the
-// answer before it is forgotten.
+// A round plans and makes a pass (services/common/engine_loop). Pages leave while later ones are computed; token 0 goes
+// to the router the moment it is drawn; then the rest and the commit. The sequence is kept until the decode worker has
+// answered, so that it can ask again for what did not arrive. What fails, expires or is cancelled aborts its lease and
+// waits for the answer before it is forgotten.
 //
 // Thread: public methods from any thread; callbacks on the engine thread, and they must not block.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "engine/engine.h"
 #include "engine/sched/prefill_planner.h"
 #include "kvtransfer/transport.h"
-#include "millrace/v1/cluster.pb.h"
-#include "services/common/bounded_queue.h"
+#include "services/common/engine_loop.h"
 #include "services/common/incarnation.h"
 #include "services/common/worker_metrics.h"
 #include "services/prefill/handoff_client.h"
@@ -45,12 +41,12 @@ struct PrefillLoopOptions {
   TraceLog* traces = nullptr;           // as there
 };
 
-class PrefillLoop {
+class PrefillLoop final : public EngineLoop {
  public:
   // Everything must outlive the loop. `metrics` may be null.
   PrefillLoop(Engine& engine, kvtransfer::Transport& transport, HandoffClient& decode_workers,
               PrefillLoopOptions options, WorkerMetrics* metrics);
-  ~PrefillLoop();  // Stop
+  ~PrefillLoop() override;  // Stop
 
   // The request was checked (prefill_service). Refusals go to the sink.
   void Submit(v1::PrefillRequest request, absl::Duration time_left, std::shared_ptr<PrefillSink> sink);
@@ -58,17 +54,12 @@ class PrefillLoop {
   void Abort(v1::AbortPrefillRequest request, absl::AnyInvocable<void(bool was_live)> done);
   void Cancel(const PrefillSink* sink);  // its stream is gone
   void CancelAll(absl::Status why);      // the router is gone
-  void Drain();                          // no new requests
-  void Stop();                           // ends everything, gives everything back, joins; idempotent
-
-  void FillStatus(v1::WorkerStatus& status) const;
-  bool Idle() const { return live_prompts_.load() == 0; }
 
  private:
-  using Command = absl::AnyInvocable<void(absl::Time now)>;
-
-  void Run();
-  absl::Duration Round(absl::Time now, sched::PrefillPlan& plan);
+  absl::Duration Round(absl::Time now) override;
+  void EndAll(const absl::Status& why) override;
+  void Publish() override;
+  sched::PrefillPlan Plan(absl::Time now);  // ends what is late, admits what has room
   void DoSubmit(v1::PrefillRequest request, absl::Duration time_left, std::shared_ptr<PrefillSink> sink,
                 absl::Time now);
   absl::Status CheckSubmit(const v1::PrefillRequest& request, const PromptKey& key) const;
@@ -94,27 +85,14 @@ class PrefillLoop {
   void EraseIfGone(uint64_t prompt_id);
   absl::Status AtDecode(const Prompt& prompt, absl::string_view what, const absl::Status& status) const;
 
-  void Publish();
-
-  Engine& engine_;
   kvtransfer::Transport& transport_;
   HandoffClient& decode_workers_;
   const PrefillLoopOptions options_;
-  WorkerMetrics* const metrics_;
-  // Shared with callbacks that may come after this object has gone.
-  const std::shared_ptr<BoundedQueue<Command>> commands_;
 
   // Engine thread only.
   std::map<uint64_t, Prompt> prompts_;  // by arrival
   absl::flat_hash_map<PromptKey, uint64_t> prompt_of_key_;
   uint64_t next_id_ = 1;
-  bool draining_ = false;
-  bool stopping_ = false;
-
-  std::atomic<int> live_prompts_{0};
-  mutable std::mutex status_mutex_;
-  v1::WorkerStatus published_;  // guarded by status_mutex_
-  std::thread thread_;
 };
 
 }  // namespace millrace::prefill

@@ -65,13 +65,7 @@ absl::Status PrefillWorker::Load() {
 
 PrefillWorker::~PrefillWorker() { Stop(); }
 
-void PrefillWorker::Drain(absl::Duration grace) {
-  core_.Drain(
-      [this] {
-        if (loop_ != nullptr) loop_->Drain();
-      },
-      [this] { return loop_ == nullptr || loop_->Idle(); }, grace);
-}
+void PrefillWorker::Drain(absl::Duration grace) { core_.Drain(loop_.get(), grace); }
 
 void PrefillWorker::Stop() {
   if (loop_ != nullptr) loop_->Stop();

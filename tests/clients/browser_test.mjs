@@ -123,7 +123,7 @@ test("a request is explained: why that pair, where its time went", async () => {
   const id = (await textOf("#answer-facts")).match(/req-[0-9a-f]{24}/)[0];
   await page.getByRole("button", { name: id }).click();
   assert.equal(await textOf("#explain-title"), id);
-  assert.match(await textOf("#explain-facts"), /POST \/v1\/chat\/completions: ok, 200 after [\d.]+ ms/);
+  assert.match(await textOf("#explain-facts"), /POST \/v1\/chat\/completions: ok, 200 after [\d.]+ (ms|s|min)/);
   const phases = await page.locator("#explain-phases tbody tr td:first-child").allTextContents();
   for (const phase of ["queue", "placement", "reserve", "prefill", "handoff", "decode"]) assert.ok(phases.includes(phase));
   assert.match(await textOf("#explain-phases"), /prefill workers with room it had the fewest prompt tokens waiting/);

@@ -38,16 +38,17 @@ void ExpertRows(std::string_view input) {
     const auto request = expert::ParseRequest(*decoded, payload, /*num_experts=*/16);
     if (!request.ok()) continue;
     uint64_t pairs = 0;
-    for (size_t i = 0; i < request->experts.size(); i += 2) {
-      CHECK(request->experts[i] < 16);
-      pairs += request->experts[i + 1];
+    for (const ExpertGroup& group : request->experts) {
+      CHECK(group.expert < 16);
+      pairs += group.count;
     }
     CHECK(pairs == request->rows.size() && pairs == request->weights.size());
     std::vector<float> row(decoded->hidden);
-    const int64_t row_bytes = expert::RowBytes(decoded->format, decoded->hidden);
+    const int64_t row_bytes = RowBytes(decoded->format, decoded->hidden);
     for (const uint32_t index : request->rows) {
       CHECK(index < decoded->num_rows);
-      expert::UnpackRow(request->data + index * row_bytes, decoded->hidden, decoded->format, row.data());
+      RowIsFinite(request->data + index * row_bytes, decoded->format, decoded->hidden);
+      ConvertRow(request->data + index * row_bytes, decoded->format, decoded->hidden, RowFormat::kF32, row.data());
     }
   }
 }

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/moe/cuda_experts.h"
 #include "engine/moe/local_experts.h"
 #include "engine/status.h"
 #include "tests/golden/equality_support.h"
@@ -176,16 +177,20 @@ TEST_P(Equality, DecodeBatchOfEverySizeGivesTheBitsOfAlone) {
 // Where experts run, and on how many threads
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Several LocalExperts with parts of the experts each. A batch is taken apart into (token, expert) pairs, shuffled, cut
-// into pieces of random sizes and computed by any owner: what a pool does to it, without the pool.
+// Several holders of parts of the experts each, on the subject's device or on the CPU. A batch is taken apart into
+// (token, expert) pairs, shuffled, cut into pieces of random sizes and computed by any owner: what a pool does to it,
+// without the pool.
 class PartitionedExperts : public ExpertExchange {
  public:
-  PartitionedExperts(const Subject& subject, const std::vector<std::vector<int>>& parts, uint32_t seed)
+  PartitionedExperts(const Subject& subject, DeviceKind device, const std::vector<std::vector<int>>& parts,
+                     uint32_t seed)
       : random_(seed) {
     for (const std::vector<int>& experts : parts) {
-      absl::StatusOr<std::unique_ptr<LocalExperts>> owner = LocalExperts::Create(
-          *OpenModel(subject.model),
-          {.numerics = subject.numerics, .rounding = Rounding::For(subject.numerics), .experts = experts, .mtp = true});
+      const LocalExpertsOptions options = {
+          .numerics = subject.numerics, .rounding = Rounding::For(subject.numerics), .experts = experts, .mtp = true};
+      absl::StatusOr<std::unique_ptr<ExpertComputer>> owner =
+          device == DeviceKind::kCuda ? CreateCudaExperts(*OpenModel(subject.model), options)
+                                      : LocalExperts::Create(*OpenModel(subject.model), options);
       CHECK(owner.ok(), owner.status().ToString());
       owners_.push_back(std::move(*owner));
     }
@@ -196,7 +201,9 @@ class PartitionedExperts : public ExpertExchange {
     return absl::OkStatus();
   }
 
-  absl::Status Combine(float* expert_rows) override {
+  std::string KernelSet() const override { return owners_[0]->KernelSet(); }
+
+  absl::Status Combine(void* expert_rows) override {
     std::map<int32_t, std::vector<int64_t>> pairs;  // expert -> indices into [num_tokens, top_k]
     for (int64_t i = 0; i < batch_.num_tokens * batch_.top_k; ++i) pairs[batch_.experts[i]].push_back(i);
     std::vector<std::pair<int32_t, std::vector<int64_t>>> pieces;
@@ -208,35 +215,38 @@ class PartitionedExperts : public ExpertExchange {
       }
     }
     std::shuffle(pieces.begin(), pieces.end(), random_);
-    for (const auto& [expert, indices] : pieces) RETURN_IF_ERROR(Compute(expert, indices, expert_rows));
+    for (const auto& [expert, indices] : pieces) {
+      RETURN_IF_ERROR(Compute(expert, indices, static_cast<uint8_t*>(expert_rows)));
+    }
     return absl::OkStatus();
   }
 
   int64_t pieces_computed() const { return pieces_computed_; }
 
  private:
-  absl::Status Compute(int32_t expert, const std::vector<int64_t>& indices, float* expert_rows) {
-    const int64_t hidden = batch_.hidden;
-    const auto n = static_cast<int64_t>(indices.size());
-    std::vector<float> rows, weights, out(n * hidden);
+  absl::Status Compute(int32_t expert, const std::vector<int64_t>& indices, uint8_t* expert_rows) {
+    const int64_t row_bytes = RowBytes(batch_.format, batch_.hidden);
+    const ExpertGroup group{static_cast<uint32_t>(expert), static_cast<uint32_t>(indices.size())};
+    std::vector<uint32_t> rows;
+    std::vector<float> weights;
+    std::vector<uint8_t> out(indices.size() * row_bytes);
     for (const int64_t i : indices) {
-      const float* row = batch_.rows + i / batch_.top_k * hidden;
-      rows.insert(rows.end(), row, row + hidden);
+      rows.push_back(static_cast<uint32_t>(i / batch_.top_k));
       weights.push_back(batch_.weights[i]);
     }
-    std::vector<LocalExperts*> owners;
-    for (const std::unique_ptr<LocalExperts>& owner : owners_)
+    std::vector<ExpertComputer*> owners;
+    for (const std::unique_ptr<ExpertComputer>& owner : owners_)
       if (owner->Has(batch_.layer, expert)) owners.push_back(owner.get());
     if (owners.empty()) return absl::NotFoundError(absl::StrCat("nobody has expert ", expert));
-    RETURN_IF_ERROR(
-        owners[random_() % owners.size()]->Compute(batch_.layer, expert, rows.data(), weights.data(), n, out.data()));
-    for (int64_t k = 0; k < n; ++k)
-      std::memcpy(expert_rows + indices[k] * hidden, &out[k * hidden], hidden * sizeof(float));
+    RETURN_IF_ERROR(owners[random_() % owners.size()]->Compute(
+        {batch_.layer, batch_.format, batch_.rows, {&group, 1}, rows, weights}, out.data()));
+    for (size_t k = 0; k < indices.size(); ++k)
+      std::memcpy(expert_rows + indices[k] * row_bytes, &out[k * row_bytes], row_bytes);
     ++pieces_computed_;
     return absl::OkStatus();
   }
 
-  std::vector<std::unique_ptr<LocalExperts>> owners_;
+  std::vector<std::unique_ptr<ExpertComputer>> owners_;
   ExpertBatch batch_;
   std::mt19937 random_;
   int64_t pieces_computed_ = 0;
@@ -255,13 +265,12 @@ TEST_P(Equality, AnyPartitionOfExpertsGivesTheBitsOfAllLocal) {
     return experts;
   };
   const auto all = experts_where([](int) { return true; });
+  const DeviceKind device = GetParam().device;
+  std::string own_hash;
   {
-    // A pool computes on the CPU: beside another device the reference is a pool that nobody shares.
-    PartitionedExperts whole(GetParam(), {all}, 0);
-    if (GetParam().device != DeviceKind::kCpu) options.exchange = &whole;
     const std::unique_ptr<Engine> local = MakeEngine(GetParam().model, options);
     reference = RunFresh(*local, {.tokens = tokens});
-    options.exchange = nullptr;
+    own_hash = local->CompatibilityHash();
   }
   std::map<std::string, std::vector<std::vector<int>>> partitions;
   partitions["one member"] = {all};
@@ -277,7 +286,7 @@ TEST_P(Equality, AnyPartitionOfExpertsGivesTheBitsOfAllLocal) {
   uint32_t seed = 1;
   for (const auto& [name, parts] : partitions) {
     SCOPED_TRACE(name);
-    PartitionedExperts exchange(GetParam(), parts, seed++);
+    PartitionedExperts exchange(GetParam(), device, parts, seed++);
     options.exchange = &exchange;
     const std::unique_ptr<Engine> engine = MakeEngine(GetParam().model, options);
     std::mt19937 random(seed);
@@ -285,7 +294,20 @@ TEST_P(Equality, AnyPartitionOfExpertsGivesTheBitsOfAllLocal) {
     ExpectSameBits(found.logits, reference, 0, vocab(*engine));
     ExpectSameMtp(found, reference, 0, kTokens - 1);
     EXPECT_GT(exchange.pieces_computed(), 0);
+    EXPECT_EQ(engine->CompatibilityHash(), own_hash) << "the same bits: such workers pair";
   }
+  if (device == DeviceKind::kCpu) return;
+  // A pool on the CPU is another matter: nobody but its like pairs with its callers, however it is divided.
+  PartitionedExperts whole(GetParam(), DeviceKind::kCpu, {all}, seed++);
+  options.exchange = &whole;
+  const std::unique_ptr<Engine> beside_cpu = MakeEngine(GetParam().model, options);
+  EXPECT_NE(beside_cpu->CompatibilityHash(), own_hash);
+  reference = RunFresh(*beside_cpu, {.tokens = tokens});
+  PartitionedExperts halves(GetParam(), DeviceKind::kCpu, partitions["halves"], seed++);
+  options.exchange = &halves;
+  const Observed found = RunFresh(*MakeEngine(GetParam().model, options), {.tokens = tokens});
+  ExpectSameBits(found.logits, reference, 0, OpenModel(GetParam().model)->config().vocab_size);
+  ExpectSameMtp(found, reference, 0, kTokens - 1);
 }
 
 TEST_P(Equality, TwoThreadsGiveTheBitsOfOne) {

@@ -13,55 +13,11 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "engine/device/device_copy.h"
+#include "tests/golden/carried_state.h"
 #include "tests/golden/equality_support.h"
 
 namespace millrace::golden {
 namespace {
-
-// Moves bytes between extents of any two engines through the host, as a hand-off does.
-void CopyExtent(const Engine& source, const CacheExtent& from, const Engine& target, const CacheExtent& to) {
-  std::vector<uint8_t> bytes(from.data, from.data + (source.options().device == DeviceKind::kCpu ? from.bytes : 0));
-  bytes.resize(from.bytes);
-  if (source.options().device == DeviceKind::kCuda) {
-    ASSERT_TRUE(CopyFromDevice(bytes.data(), from.data, from.bytes).ok());
-  }
-  if (target.options().device == DeviceKind::kCuda) {
-    ASSERT_TRUE(CopyToDevice(to.data, bytes.data(), to.bytes).ok());
-  } else {
-    std::memcpy(to.data, bytes.data(), to.bytes);
-  }
-}
-
-void FillExtent(const Engine& engine, const CacheExtent& extent, uint8_t byte) {
-  const std::vector<uint8_t> bytes(extent.bytes, byte);
-  if (engine.options().device == DeviceKind::kCuda) {
-    ASSERT_TRUE(CopyToDevice(extent.data, bytes.data(), extent.bytes).ok());
-  } else {
-    std::memcpy(extent.data, bytes.data(), extent.bytes);
-  }
-}
-
-// Gives `to` the state of `from` at `num_tokens`, byte by byte, into memory that held something else.
-void CarryState(Engine& source, SequenceId from, Engine& target, SequenceId to, int64_t max_tokens,
-                int64_t num_tokens) {
-  // Whatever is read of what was not carried becomes NaN, in FP32 as in E4M3 and E8M0.
-  for (const CacheExtent& extent : target.Extents(to, max_tokens)) FillExtent(target, extent, 0xff);
-  const std::vector<CacheExtent> sent = source.Extents(from, num_tokens), placed = target.Extents(to, num_tokens);
-  ASSERT_EQ(sent.size(), placed.size());
-  ASSERT_FALSE(sent.empty());
-  EXPECT_EQ(sent.back().page, -1) << "the slot comes last";
-  for (size_t i = 0; i < sent.size(); ++i) {
-    ASSERT_EQ(sent[i].index, static_cast<int64_t>(i));
-    ASSERT_EQ(placed[i].index, sent[i].index);
-    ASSERT_EQ(placed[i].bytes, sent[i].bytes);
-    ASSERT_EQ(placed[i].page, sent[i].page);
-    CopyExtent(source, sent[i], target, placed[i]);
-  }
-  const absl::Status committed = target.CommitImport(to, num_tokens);
-  ASSERT_TRUE(committed.ok()) << committed.ToString();
-  ASSERT_EQ(target.Length(to), num_tokens);
-}
 
 // The first length from which a continuation crosses two CSA boundaries and one HCA boundary, and sees past them.
 int ContinueUntil(int n) { return std::max(n + 9, (n / 128 + 1) * 128 + 2); }
@@ -138,6 +94,26 @@ TEST_P(StateTransfer, ExtentsDependOnNothingButTheLength) {
       EXPECT_EQ(a[i].layer_begin, b[i].layer_begin);
       EXPECT_EQ(a[i].layer_end, b[i].layer_end);
     }
+  }
+}
+
+TEST_P(StateTransfer, NothingOfAnEarlierOwnerIsInANewSequence) {
+  const auto max_tokens = static_cast<int64_t>(tokens_.size());
+  const SequenceId earlier = *target_->NewSequence(max_tokens);
+  const std::vector<CacheExtent> before = target_->Extents(earlier, max_tokens);
+  for (const CacheExtent& extent : before) FillExtent(*target_, extent, 0xff);
+  target_->Release(earlier);
+  const std::vector<CacheExtent> after = target_->Extents(*target_->NewSequence(max_tokens), max_tokens);
+  ASSERT_EQ(after.size(), before.size());
+  for (size_t i = 0; i < after.size(); ++i) {
+    ASSERT_EQ(after[i].data, before[i].data) << "the same memory";
+    std::vector<uint8_t> bytes(after[i].bytes, 0xff);
+    if (target_->options().device == DeviceKind::kCuda) {
+      ASSERT_TRUE(CopyFromDevice(bytes.data(), after[i].data, after[i].bytes).ok());
+    } else {
+      std::memcpy(bytes.data(), after[i].data, bytes.size());
+    }
+    ASSERT_EQ(std::count(bytes.begin(), bytes.end(), 0), after[i].bytes) << "extent " << i;
   }
 }
 

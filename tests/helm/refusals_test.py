@@ -139,7 +139,9 @@ class Refusals(unittest.TestCase):
         self.refused({"model": {"device": "cuda"}, "decode": gpu}, "decode.resources.limits", "found 2")
         self.refused({"decode": gpu}, "decode.resources.limits", "model.device is cpu")
         self.refused({"router": gpu}, "router.resources.limits", "no weights")
-        self.refused({"expert": gpu}, "expert.resources.limits", "the pool computes on CPUs")
+        self.refused({"expert": gpu}, "expert.resources.limits", "expert.config.device is cpu")
+        self.refused({"model": {"device": "cuda"}, "expert": {**gpu, "config": {"device": "cuda"}}},
+                     "expert.resources.limits", "found 2", "expert.config.device cuda")
         self.refused({"model": {"device": "cuda", "numerics": "exact"}}, "model.numerics")
 
     def test_hostile_yaml_ends_before_a_template_sees_it(self):

@@ -229,19 +229,21 @@ for millrace.validate first, because Helm renders them in an order of its own an
 {{- end -}}
 {{- end -}}
 
-{{/* A prefill or decode worker drives one device; the router loads no weights, and the pool computes on CPUs. */}}
+{{/* A worker on a device drives one; the router loads no weights. */}}
 {{- define "millrace.checkDevices" -}}
 {{- $values := .root.Values -}}
 {{- $check := . -}}
 {{- range $role := include "millrace.roles" .root | fromJsonArray -}}
 {{- $limits := default dict (index $values $role).resources.limits -}}
 {{- $gpus := int (default 0 (get $limits $values.gpu.resourceName)) -}}
-{{- $drives := and (has $role (list "prefill" "decode")) (eq $values.model.device "cuda") -}}
+{{- $isExpert := eq $role "expert" -}}
+{{- $key := ternary "expert.config.device" "model.device" $isExpert -}}
+{{- $device := ternary (default "cpu" $values.expert.config.device) $values.model.device $isExpert -}}
+{{- $drives := and (ne $role "router") (eq $device "cuda") -}}
 {{- if and $drives (ne $gpus 1) -}}
-{{- include "millrace.problem" (dict "check" $check "text" (printf "%s.resources.limits: found %d of %s, wanted 1 with model.device cuda: a worker drives one device, more devices are more workers" $role $gpus $values.gpu.resourceName)) -}}
+{{- include "millrace.problem" (dict "check" $check "text" (printf "%s.resources.limits: found %d of %s, wanted 1 with %s cuda: a worker drives one device, more devices are more workers" $role $gpus $values.gpu.resourceName $key)) -}}
 {{- else if and (gt $gpus 0) (not $drives) -}}
-{{- $reasons := dict "router" "the router loads no weights" "expert" "the pool computes on CPUs" -}}
-{{- include "millrace.problem" (dict "check" $check "text" (printf "%s.resources.limits: found %d of %s, which would lie idle: %s" $role $gpus $values.gpu.resourceName (default "model.device is cpu" (get $reasons $role)))) -}}
+{{- include "millrace.problem" (dict "check" $check "text" (printf "%s.resources.limits: found %d of %s, which would lie idle: %s" $role $gpus $values.gpu.resourceName (ternary "the router loads no weights" (printf "%s is cpu" $key) (eq $role "router")))) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -256,7 +258,8 @@ for millrace.validate first, because Helm renders them in an order of its own an
 {{- range $role := include "millrace.roles" .root | fromJsonArray -}}
 {{- $values_ := index $values $role -}}
 {{- $limits := default dict $values_.resources.limits -}}
-{{- $onGpu := and (eq $values.model.device "cuda") (ne $role "expert") -}}
+{{- $device := ternary (default "cpu" $values.expert.config.device) $values.model.device (eq $role "expert") -}}
+{{- $onGpu := eq $device "cuda" -}}
 {{- $where := ternary "gpu.memory" (printf "%s.resources.limits.memory" $role) $onGpu -}}
 {{- $limit := include "millrace.bytes" (ternary $values.gpu.memory (default "" $limits.memory) $onGpu) | int64 -}}
 {{- if and (ne $role "router") $facts.weightBytes $limit (ne $values.model.numerics "exact") -}}
