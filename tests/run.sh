@@ -54,7 +54,7 @@ main() {
   fi
   if [[ $preset == release ]]; then
     local tools
-    for tools in chart kubernetes dashboards prometheus collector; do chart_tools "$tools"; done
+    for tools in chart kubernetes dashboards images prometheus collector; do chart_tools "$tools"; done
     # What needs a card is tests/gpu.sh's.
     labels=(-LE "gpu${slow:+|$slow}")
   fi

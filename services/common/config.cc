@@ -8,20 +8,16 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
-#include <string>
-#include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "engine/status.h"
+#include "engine/strict_json.h"
 
 namespace millrace {
 namespace {
@@ -353,29 +349,10 @@ absl::StatusOr<v1::ClusterConfig> LoadClusterConfig(const std::string& path) {
   return config;
 }
 
-// Protobuf's parser lets the last of two equal keys win, so that a setting that somebody reads is not the one in force.
-// It also takes maxBatch for max_batch: those are the same key. What is no JSON is left to it to name.
-absl::Status EveryKeyOnce(std::string_view json) {
-  std::vector<std::set<std::string>> open;
-  std::string twice;
-  const auto look = [&](int, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
-    if (event == nlohmann::json::parse_event_t::object_start) open.emplace_back();
-    if (event == nlohmann::json::parse_event_t::object_end) open.pop_back();
-    if (event == nlohmann::json::parse_event_t::key && twice.empty()) {
-      const auto& name = parsed.get_ref<const std::string&>();
-      const std::string key = absl::AsciiStrToLower(absl::StrReplaceAll(name, {{"_", ""}}));
-      if (!open.back().insert(key).second) twice = name;
-    }
-    return true;
-  };
-  const auto unused = nlohmann::json::parse(json, look, /*allow_exceptions=*/false);
-  if (twice.empty()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(twice, ": found twice in one object, allowed once"));
-}
-
 absl::StatusOr<v1::ClusterConfig> ParseClusterConfig(std::string_view json, const std::string& base_dir) {
   if (json.size() > kMaxConfigBytes) return absl::InvalidArgumentError("larger than 1 MiB");
-  RETURN_IF_ERROR(EveryKeyOnce(json));
+  // Protobuf's parser lets the last of two equal keys win, so that a setting somebody reads is not the one in force.
+  RETURN_IF_ERROR(ParseJsonObject(json, "document").status());
   v1::ClusterConfig config;
   const auto parsed =
       google::protobuf::util::JsonStringToMessage(google::protobuf::StringPiece(json.data(), json.size()), &config);

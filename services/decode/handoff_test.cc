@@ -184,7 +184,6 @@ TEST_F(Handoff, AGuessedEpochIsRefusedAndCountedAndMetricsDoNotTellIt) {
   EXPECT_THAT(text, Not(HasSubstr(absl::StrFormat("%.15e", static_cast<double>(epoch)).substr(0, 10))));
 }
 
-
 TEST_F(Handoff, ASlowReaderHoldsBackOnlyItsOwnSequence) {
   Pair pair;
   auto slow = MakeFlow(pair, "slow", MakePrompt(30), MakeSpec(300));

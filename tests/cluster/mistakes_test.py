@@ -26,7 +26,7 @@ class Documents(unittest.TestCase):
     def test_a_key_that_is_written_twice(self):
         status, words = self.start('{"model": {"path": "m"}, "decode": [{"cache_pages": 64, "cache_pages": 128}]}')
         self.assertEqual(status, 78, words)
-        self.assertIn("cache_pages: found twice", words)
+        self.assertIn('found key "cache_pages" twice', words)
 
     def test_ten_megabytes(self):
         status, words = self.start(json.dumps({"model": {"path": "m" * 10_000_000}}))

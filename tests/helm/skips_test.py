@@ -12,7 +12,7 @@ import unittest
 from chart import ROOT
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SUITES = {"chart": "helm", "refusals": "helm", "network": "helm", "image": "helm", "processes": "helm",
+SUITES = {"chart": "helm", "refusals": "helm", "network": "helm", "image": "helm, hadolint", "processes": "helm",
           "dashboards": "grafana-check", "monitoring": "prometheus",
           "kubernetes": "helm, etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kwok"}
 SCRIPTS = {"processes": "process_test.py"}

