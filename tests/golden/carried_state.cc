@@ -14,14 +14,14 @@ namespace {
 
 void Require(const absl::Status& status) { CHECK(status.ok(), status.ToString()); }
 
+}  // namespace
+
 void FillExtent(const Engine& engine, const CacheExtent& extent, uint8_t byte) {
   const std::vector<uint8_t> bytes(extent.bytes, byte);
   if (engine.options().device == DeviceKind::kCuda)
     return Require(CopyToDevice(extent.data, bytes.data(), extent.bytes));
   std::memcpy(extent.data, bytes.data(), extent.bytes);
 }
-
-}  // namespace
 
 void CopyExtent(const Engine& source, const CacheExtent& from, const Engine& target, const CacheExtent& to) {
   std::vector<uint8_t> bytes(from.bytes);

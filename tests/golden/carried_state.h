@@ -13,6 +13,9 @@ namespace millrace::golden {
 // One extent, whatever devices the engines are on.
 void CopyExtent(const Engine& source, const CacheExtent& from, const Engine& target, const CacheExtent& to);
 
+// Every byte of an extent of `engine`, on whatever device.
+void FillExtent(const Engine& engine, const CacheExtent& extent, uint8_t byte);
+
 // Gives `to`, a fresh sequence reserved for `max_tokens`, the state of `from` at `num_tokens`. Its memory is filled
 // with NaN first: what is read of what was not carried shows.
 void CarryState(Engine& source, SequenceId from, Engine& target, SequenceId to, int64_t max_tokens, int64_t num_tokens);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/device/device_copy.h"
 #include "tests/golden/carried_state.h"
 #include "tests/golden/equality_support.h"
 
