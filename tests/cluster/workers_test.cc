@@ -152,11 +152,15 @@ TEST_F(Workers, ADrainingWorkerFinishesWhatItHasAndTakesNothingNew) {
   const Answer answer = cluster.Run("before", MakePrompt(20), MakeSpec(60), [&](size_t count, auto&) {
     if (count != 2) return;
     draining = std::thread([&] { cluster.decode->Drain(absl::Seconds(60)); });
-    refused = Becomes([&] {
-      v1::ReserveResponse response;
-      return cluster.Reserve(cluster.MakeReserve("after", MakePrompt(20), MakeSpec(5)), &response).error_code() ==
-             grpc::StatusCode::UNAVAILABLE;
-    });
+    // What is reserved before that would be a request of its own, and the drain would wait for its lease to end.
+    const bool said =
+        Becomes([&] { return cluster.router.Get("decode-0").status.state() == v1::WORKER_STATE_DRAINING; });
+    refused =
+        said && Becomes([&] {
+          v1::ReserveResponse response;
+          return cluster.Reserve(cluster.MakeReserve("after", MakePrompt(20), MakeSpec(5)), &response).error_code() ==
+                 grpc::StatusCode::UNAVAILABLE;
+        });
   });
   draining.join();
   EXPECT_TRUE(refused.load());
