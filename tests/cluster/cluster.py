@@ -8,12 +8,14 @@ nothing outlives stop().
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import tempfile
 import time
+import weakref
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BINARY = os.environ.get("MILLRACE", os.path.join(ROOT, "build/release/bin/millrace"))
@@ -57,8 +59,8 @@ class Cluster:
     def __init__(self, prefill=1, decode=1, experts=1, numerics=None, expert_transport=None, env=None, timers=None,
                  decode_section=None, prefill_section=None, expert_section=None, router_section=None, security=None,
                  transfer=None, model=MODEL):
-        self.files = tempfile.TemporaryDirectory(prefix="millrace-test-")  # goes with this object
-        self.directory = self.files.name
+        self.directory = tempfile.mkdtemp(prefix="millrace-test-")
+        weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
         self.http_port, self.operator_port, self.grpc_port, self.control_port = (free_port() for _ in range(4))
         model = {"path": model, "id": "demo"}
         if numerics:

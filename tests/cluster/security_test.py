@@ -277,6 +277,9 @@ class Sealed(SecurityCase):
             finally:
                 plain.send_signal(signal.SIGTERM)
                 plain.wait(40)
+            cluster.start("decode-0")  # one that seals again
+            cluster.wait_ready()
+            self.assertEqual(cluster.post("/v1/completions", completion(3))[0], 200)
 
 
 def new_key(tenant):
