@@ -272,6 +272,7 @@ class Sealed(SecurityCase):
                 self.assertRegex(workers()["decode-0"]["compat_hash"], r"^w\d+-sealed-[0-9a-f]{16}$")
                 self.assertNotIn("sealed", workers()["plain"]["compat_hash"])
                 cluster.kill("decode-0")
+                wait_until(lambda: workers().get("decode-0", {}).get("state") != "ready", "its death to be noticed")
                 status, reply = cluster.post("/v1/completions", completion(3))
                 self.assertEqual(status, 503, reply)
             finally:
