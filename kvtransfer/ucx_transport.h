@@ -12,8 +12,8 @@
 //
 // An address says where the transport listens and is ours, framed with magic, lengths and digest: one that does not
 // check out is InvalidArgument, and nothing of it is ever parsed by UCX. Junk sent to the ports themselves is UCX's to
-// survive, and one built with assertions, as Debian's 1.13 is, does not: its listener ends the process when a message is
-// longer than its first eight bytes say (tcp_sockcm_ep.c:825). No setting avoids it. Release builds (PyPI's 1.22 was
+// survive, and one built with assertions, as Debian's 1.13 is, does not: its listener ends the process when a message
+// is longer than its first eight bytes say (tcp_sockcm_ep.c:825). No setting avoids it. Release builds (PyPI's 1.22 was
 // tried) drop it. Keep the ports among peers (TransportOptions::listen_port, UCX_TCP_PORT_RANGE).
 //
 // A link that goes dead without a reset while data is unacknowledged is TCP's to notice, after net.ipv4.tcp_retries2.
