@@ -15,7 +15,6 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -23,27 +22,17 @@
 #include "engine/status.h"
 #include "kvtransfer/fault_transport.h"
 #include "kvtransfer/loopback_transport.h"
-#include "services/common/clock.h"
 #include "services/common/failpoints.h"
 #include "services/common/one_engine_tokens.h"
+#include "services/common/test_wait.h"
 #include "services/common/worker_metrics.h"
 #include "services/decode/decode_loop.h"
 #include "services/prefill/prefill_loop.h"
 
 namespace millrace {
 
-inline constexpr char kModel[] = "deploy/demo/model";
 inline constexpr absl::Duration kPatience =
     absl::Seconds(60);  // machines that run this may be busy; nothing is that slow
-
-inline std::shared_ptr<const Checkpoint> DemoCheckpoint() {
-  static const auto* checkpoint = [] {
-    auto opened = Checkpoint::Open(kModel);
-    CHECK(opened.ok(), std::string(opened.status().message()));
-    return new std::shared_ptr<const Checkpoint>(*std::move(opened));
-  }();
-  return *checkpoint;
-}
 
 inline std::unique_ptr<Engine> MakeEngine(int64_t pages, int sequences, int batch_tokens) {
   EngineOptions options;
@@ -56,13 +45,7 @@ inline std::unique_ptr<Engine> MakeEngine(int64_t pages, int sequences, int batc
 }
 
 inline std::vector<int32_t> MakePrompt(int64_t length, uint32_t salt = 0) {
-  std::vector<int32_t> ids(length);
-  uint32_t x = 12345 + 7919 * salt;
-  for (int32_t& id : ids) {
-    x = x * 1664525 + 1013904223;
-    id = static_cast<int32_t>(3 + (x >> 8) % 1200);
-  }
-  return ids;
+  return PromptFrom(12345 + 7919 * salt, length);
 }
 
 inline v1::GenerationSpec MakeSpec(uint32_t max_tokens) {
@@ -225,11 +208,7 @@ class Pair {
            decode_loop->Idle();
   }
   bool BecomesClean() const {
-    for (const absl::Time end = MonotonicNow() + kPatience; MonotonicNow() < end;) {
-      if (Clean()) return true;
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    return false;
+    return Eventually([this] { return Clean(); }, absl::ToChronoMilliseconds(kPatience));
   }
 
   const IncarnationId prefill_id = IncarnationId::Random(), decode_id = IncarnationId::Random(),

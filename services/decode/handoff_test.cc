@@ -16,6 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "services/common/clock.h"
 #include "services/common/metrics.h"
 #include "services/decode/handoff_pair.h"
 

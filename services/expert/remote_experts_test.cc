@@ -19,6 +19,7 @@
 #include "services/common/clock.h"
 #include "services/common/error.h"
 #include "services/common/failpoints.h"
+#include "services/common/test_wait.h"
 #include "services/expert/engine_host.h"
 #include "services/expert/expert_loop.h"
 #include "services/expert/expert_service.h"
@@ -152,11 +153,7 @@ struct Pool {
     remote->SetPeers(peers);
   }
   bool BecomesReady() {
-    for (const absl::Time end = MonotonicNow() + absl::Seconds(20); MonotonicNow() < end;) {
-      if (remote->Ready().ok()) return true;
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    return false;
+    return Eventually([this] { return remote->Ready().ok(); });
   }
 
   std::shared_ptr<kvtransfer::LoopbackHub> hub;

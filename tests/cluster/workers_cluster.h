@@ -22,22 +22,17 @@
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
 #include "kvtransfer/loopback_transport.h"
-#include "services/common/clock.h"
 #include "services/common/failpoints.h"
 #include "services/common/one_engine_tokens.h"
+#include "services/common/test_wait.h"
 #include "services/decode/decode_worker.h"
 #include "services/expert/expert_worker.h"
 #include "services/prefill/prefill_worker.h"
 
 namespace millrace {
 
-inline bool Becomes(const std::function<bool()>& condition, absl::Duration patience = absl::Seconds(60)) {
-  for (const absl::Time end = MonotonicNow() + patience; MonotonicNow() < end;) {
-    if (condition()) return true;
-    std::this_thread::sleep_for(std::chrono::milliseconds(2));
-  }
-  return condition();
-}
+// Machines that run this may be busy: a minute.
+inline bool Becomes(const std::function<bool()>& condition) { return Eventually(condition, std::chrono::minutes(1)); }
 
 // The router's Join, one thread per stream.
 class FakeRouter final : public v1::Cluster::Service {
@@ -127,24 +122,7 @@ class FakeRouter final : public v1::Cluster::Service {
   uint64_t version_ = 0;
 };
 
-inline std::shared_ptr<const Checkpoint> Demo() {
-  static const auto* checkpoint = [] {
-    auto opened = Checkpoint::Open("deploy/demo/model");
-    CHECK(opened.ok(), std::string(opened.status().message()));
-    return new std::shared_ptr<const Checkpoint>(*std::move(opened));
-  }();
-  return *checkpoint;
-}
-
-inline std::vector<int32_t> MakePrompt(int64_t length) {
-  std::vector<int32_t> ids(length);
-  uint32_t x = 99;
-  for (int32_t& id : ids) {
-    x = x * 1664525 + 1013904223;
-    id = static_cast<int32_t>(3 + (x >> 8) % 1200);
-  }
-  return ids;
-}
+inline std::vector<int32_t> MakePrompt(int64_t length) { return PromptFrom(99, length); }
 
 inline v1::GenerationSpec MakeSpec(uint32_t max_tokens) {
   v1::GenerationSpec spec;
@@ -159,7 +137,7 @@ inline std::string Reference(const std::vector<int32_t>& prompt, const v1::Gener
   static Engine* const engine = [] {
     EngineOptions options;
     options.max_batch_tokens = 1024;
-    auto made = Engine::Create(Demo(), options);
+    auto made = Engine::Create(DemoCheckpoint(), options);
     CHECK(made.ok(), std::string(made.status().message()));
     return made->release();
   }();
@@ -308,7 +286,7 @@ class Cluster {
   }
   WorkerEnvironment Environment() {
     WorkerEnvironment environment;
-    environment.checkpoint = Demo();
+    environment.checkpoint = DemoCheckpoint();
     environment.make_transport = [this] { return kvtransfer::CreateLoopbackTransport(hub_); };
     return environment;
   }
