@@ -81,6 +81,17 @@ class HttpServerTest : public ::testing::Test {
     return nullptr;
   }
 
+  // Asks for a stream and writes more to it than kernel buffers take. Null: the request did not get through.
+  std::shared_ptr<HttpExchange> Flood(TestClient& client) {
+    client.Send("GET /flood HTTP/1.1\r\nHost: a\r\n\r\n");
+    std::shared_ptr<HttpExchange> exchange = Held();
+    if (exchange == nullptr) return nullptr;
+    exchange->Post([exchange] {
+      for (int i = 0; i < 80; ++i) exchange->Write(std::string(100'000, 'f'));
+    });
+    return exchange;
+  }
+
   uint16_t port() const { return server_->port(); }
 
   // The whole exchange of one byte string on a connection of its own.

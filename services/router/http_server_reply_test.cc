@@ -66,12 +66,8 @@ TEST_F(HttpServerTest, SlowReaderPausesThenEndsWithBoundedMemory) {
   limits.hard_write_buffer_bytes = 100 << 20;
   StartServer(limits);
   TestClient client(port(), 4096);
-  client.Send("GET /flood HTTP/1.1\r\nHost: a\r\n\r\n");
-  auto exchange = Held();
+  const auto exchange = Flood(client);
   ASSERT_TRUE(exchange);
-  exchange->Post([exchange] {
-    for (int i = 0; i < 80; ++i) exchange->Write(std::string(100'000, 'f'));  // more than kernel buffers take
-  });
   EXPECT_TRUE(Eventually([&] { return paused_ == 1; }));
   EXPECT_TRUE(Eventually([&] { return slow_ == 1; }));
   EXPECT_EQ(gone_, 0);
@@ -83,12 +79,8 @@ TEST_F(HttpServerTest, HardLimitEndsAStreamAtOnce) {
   limits.slow_reader_timeout = std::chrono::seconds(60);
   StartServer(limits);
   TestClient client(port(), 4096);
-  client.Send("GET /flood HTTP/1.1\r\nHost: a\r\n\r\n");
-  auto exchange = Held();
+  const auto exchange = Flood(client);
   ASSERT_TRUE(exchange);
-  exchange->Post([exchange] {
-    for (int i = 0; i < 80; ++i) exchange->Write(std::string(100'000, 'f'));
-  });
   EXPECT_TRUE(Eventually([&] { return slow_ == 1; }));
 }
 
@@ -99,12 +91,8 @@ TEST_F(HttpServerTest, AReaderThatCatchesUpIsResumed) {
   limits.slow_reader_timeout = std::chrono::seconds(20);
   StartServer(limits);
   TestClient client(port());
-  client.Send("GET /flood HTTP/1.1\r\nHost: a\r\n\r\n");
-  auto exchange = Held();
+  const auto exchange = Flood(client);
   ASSERT_TRUE(exchange);
-  exchange->Post([exchange] {
-    for (int i = 0; i < 80; ++i) exchange->Write(std::string(100'000, 'f'));
-  });
   EXPECT_TRUE(Eventually([&] { return paused_ == 1; }));
   std::thread ender([&] {
     EXPECT_TRUE(Eventually([&] { return resumed_ == 1; }));
