@@ -65,6 +65,16 @@ class Conformance : public ::testing::TestWithParam<TransportKind> {
     return count;
   }
 
+  // b's transport thread waits at the gate, and a has sent `payload` once for each outcome.
+  void SendWhileThePeerHangs(Gate& gate, const std::vector<uint8_t>& payload, std::vector<Outcome>& outcomes) {
+    b_->RunAfter(absl::ZeroDuration(), [&] { gate.WaitHere(); });
+    gate.AwaitSomebody();
+    for (Outcome& outcome : outcomes) {
+      ASSERT_TRUE(
+          a_->SendMessage(to_b_, kChannel, Bytes("m"), {payload.data(), payload.size()}, outcome.Callback()).ok());
+    }
+  }
+
   absl::Status SendAndWait(const std::string& header, const std::vector<uint8_t>& payload) {
     Outcome outcome;
     RETURN_IF_ERROR(

@@ -129,14 +129,10 @@ TEST_P(Conformance, DisconnectFailsEverySendAndANewConnectionWorks) {
   auto failures = std::make_shared<std::atomic<int>>(0);
   b_->OnPeerFailed([failures](PeerId, const absl::Status&) { ++*failures; });
   Gate gate;
-  b_->RunAfter(absl::ZeroDuration(), [&] { gate.WaitHere(); });
-  gate.AwaitSomebody();
-  std::vector<Outcome> outcomes(20);
   const auto payload = Pattern(1 << 20, 1);
-  for (Outcome& outcome : outcomes) {
-    ASSERT_TRUE(
-        a_->SendMessage(to_b_, kChannel, Bytes("m"), {payload.data(), payload.size()}, outcome.Callback()).ok());
-  }
+  std::vector<Outcome> outcomes(20);
+  SendWhileThePeerHangs(gate, payload, outcomes);
+  if (HasFatalFailure()) return;
   Outcome fenced;
   a_->Disconnect(to_b_, [callback = fenced.Callback()]() mutable { callback(absl::OkStatus()); });
   ASSERT_TRUE(fenced.Wait(kFailureBound));
@@ -179,14 +175,10 @@ TEST_P(Conformance, CloseOfThePeerIsReportedAndFailsSends) {
 TEST_P(Conformance, CloseAnswersEverySendOnce) {
   ASSERT_TRUE(SendAndWait("warm", {}).ok());
   Gate gate;
-  b_->RunAfter(absl::ZeroDuration(), [&] { gate.WaitHere(); });
-  gate.AwaitSomebody();
-  std::vector<Outcome> outcomes(50);
   const auto payload = Pattern(1 << 20, 1);
-  for (Outcome& outcome : outcomes) {
-    ASSERT_TRUE(
-        a_->SendMessage(to_b_, kChannel, Bytes("m"), {payload.data(), payload.size()}, outcome.Callback()).ok());
-  }
+  std::vector<Outcome> outcomes(50);
+  SendWhileThePeerHangs(gate, payload, outcomes);
+  if (HasFatalFailure()) return;
   a_->Close();
   for (Outcome& outcome : outcomes) EXPECT_EQ(outcome.times(), 1);
   EXPECT_FALSE(a_->Connect(b_->address()).ok());
