@@ -34,6 +34,16 @@ void FillRandom(void* data, int64_t bytes, uint32_t seed, uint8_t and_mask, uint
 // Fills with BF16 values of normal magnitude about one.
 void FillRandomBf16(void* data, int64_t count, uint32_t seed, cudaStream_t stream);
 
+// Memory of a benchmark; one that does not fit ends it.
+inline DeviceBuffer Take(int64_t bytes) { return *DeviceBuffer::Take(bytes, "bench"); }
+
+template <typename T>
+DeviceBuffer Upload(const std::vector<T>& values) {
+  DeviceBuffer buffer = Take(static_cast<int64_t>(values.size() * sizeof(T)));
+  CUDA_CHECK(cudaMemcpy(buffer.data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return buffer;
+}
+
 // What one row says. Bytes and operations are those of the floor: each operand once.
 struct BenchRow {
   std::string kernel, shape;

@@ -16,8 +16,6 @@ namespace {
 
 constexpr int64_t kDim = 4096;
 
-DeviceBuffer Take(int64_t bytes) { return *DeviceBuffer::Take(bytes, "bench"); }
-
 void Run(int64_t rows, BenchReport& report) {
   // Operands that together exceed the L2 cache.
   const double bytes = static_cast<double>(rows) * kDim * (16.0 + 2 + 2 + 2) + 24 * 4 * kDim * 4;

@@ -33,15 +33,6 @@ constexpr int64_t kPages = kMostContext / 128;  // all contexts use these, cut i
 constexpr int64_t kScoreBytes = 256 << 20;      // as the engine's
 constexpr int64_t kKeyBytes = kIndexDim / 2 + 4;
 
-DeviceBuffer Take(int64_t bytes) { return *DeviceBuffer::Take(bytes, "bench"); }
-
-template <typename T>
-DeviceBuffer Upload(const std::vector<T>& values) {
-  DeviceBuffer buffer = Take(static_cast<int64_t>(values.size() * sizeof(T)));
-  CUDA_CHECK(cudaMemcpy(buffer.data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return buffer;
-}
-
 template <typename T>
 std::vector<T> Fetch(const DeviceBuffer& buffer, int64_t count) {
   std::vector<T> host(count);

@@ -26,8 +26,6 @@ constexpr int kExperts = 256, kTopK = 6;
 constexpr int64_t kHidden = 4096, kWidth = 2048, kMostTokens = 4096;
 constexpr float kLimit = 10.0f;
 
-DeviceBuffer Take(int64_t bytes) { return *DeviceBuffer::Take(bytes, "bench"); }
-
 struct Layer {
   Layer()
       : gate_up(Take(kExperts * PackedGateUpBytes(kHidden, kWidth))),

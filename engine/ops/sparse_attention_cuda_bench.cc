@@ -27,15 +27,6 @@ constexpr int kSequences = 160;                                   // 430 KB of k
 constexpr int64_t kMostRows = 512, kMaxPlaces = kWindow + kTopK;  // HCA sees 512 entries as well
 constexpr int64_t kEntryBytes = kPlainDim + 2 * kRopeDim + 8, kRowValues = int64_t{kHeads} * kHeadDim;
 
-DeviceBuffer Take(int64_t bytes) { return *DeviceBuffer::Take(bytes, "bench"); }
-
-template <typename T>
-DeviceBuffer Upload(const std::vector<T>& values) {
-  DeviceBuffer buffer = Take(static_cast<int64_t>(values.size() * sizeof(T)));
-  CUDA_CHECK(cudaMemcpy(buffer.data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return buffer;
-}
-
 CacheLayout Layout() {
   ModelConfig c;
   c.hidden_size = 4096;
