@@ -378,9 +378,7 @@ class CudaEngine : public PagedEngine {
 
 absl::StatusOr<std::unique_ptr<Engine>> CreateCudaEngine(std::shared_ptr<const Checkpoint> checkpoint,
                                                          EngineOptions options) {
-  if (options.numerics == Numerics::kExact) {
-    return absl::FailedPreconditionError("numerics: cuda computes in `release` only; `exact` runs on the cpu");
-  }
+  RETURN_IF_ERROR(cuda::CheckNumerics(options.numerics));
   if (options.rounding.has_value() && !(*options.rounding == Rounding::All())) {
     return absl::FailedPreconditionError("rounding: cuda has every rounding point and switches none off");
   }

@@ -16,6 +16,11 @@ std::string Mebibytes(int64_t bytes) {
 
 }  // namespace
 
+absl::Status CheckNumerics(Numerics numerics) {
+  if (numerics == Numerics::kRelease) return absl::OkStatus();
+  return absl::FailedPreconditionError("numerics: cuda computes in `release` only; `exact` runs on the cpu");
+}
+
 absl::Status CheckShapes(const ModelConfig& c) {
   const auto at_most = [](const char* name, int64_t found, int64_t most) {
     return found <= most ? absl::OkStatus()

@@ -11,8 +11,12 @@
 #include "absl/status/statusor.h"
 #include "engine/device/cuda_device.h"
 #include "engine/model/config.h"
+#include "engine/numerics.h"
 
 namespace millrace::cuda {
+
+// FailedPrecondition: not `release`, the only numerics that the kernels have.
+absl::Status CheckNumerics(Numerics numerics);
 
 // FailedPrecondition: a shape beyond the kernels' own limits, with its name and what was found.
 absl::Status CheckShapes(const ModelConfig& config);

@@ -146,9 +146,7 @@ class CudaExperts final : public ExpertComputer {
 
 absl::StatusOr<std::unique_ptr<ExpertComputer>> CreateCudaExperts(const Checkpoint& checkpoint,
                                                                   LocalExpertsOptions options) {
-  if (options.numerics != Numerics::kRelease) {
-    return absl::FailedPreconditionError("numerics: cuda computes in `release` only; `exact` runs on the cpu");
-  }
+  RETURN_IF_ERROR(cuda::CheckNumerics(options.numerics));
   RETURN_IF_ERROR(CompleteExpertIds(checkpoint.config(), options.experts));
   auto experts = std::make_unique<CudaExperts>(checkpoint.config(), options.experts);
   RETURN_IF_ERROR(experts->Init(checkpoint, options));
